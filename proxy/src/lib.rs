@@ -1,0 +1,11 @@
+//! drowse: an activation proxy for systemd.
+//!
+//! The flow, in the order in which a connection meets the modules:
+//! [`listener`] -> [`activation`] -> [`readiness`] -> [`pairing`] -> [`plane`] -> [`accounting`] -> [`idle`].
+//! Stages never call each other; they meet in [`event_loop`], which carries out what [`lifecycle`] decides.
+
+pub mod accounting;
+pub mod activation;
+pub mod clock;
+pub mod plane;
+pub mod sys;

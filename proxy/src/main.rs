@@ -1,0 +1,2 @@
+//! The program `drowse`.
+fn main() {}

@@ -1,0 +1,38 @@
+//! Planes: how a flow's bytes travel.
+//!
+//! Owns: the trait that every plane fulfils. Must never: accept, connect, or decide when a backend stops.
+//! Everything works with `copy`; every faster plane is an optimisation under the same tests.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+pub mod copy;
+pub mod forward;
+pub mod splice;
+
+/// One client connection with its backend connection, both connected stream sockets.
+#[derive(Debug)]
+pub struct Flow {
+    /// The accepted side. Nothing has been read from it.
+    pub client: OwnedFd,
+    /// The backend's side. At most a PROXY protocol header has been written to it.
+    pub backend: OwnedFd,
+}
+
+/// A way to move the bytes of flows.
+///
+/// A plane owns the flows that it was given, counts them in the service's [`crate::accounting::Accounting`] (from
+/// `open` on, not from when a worker gets round to it) and ends each of them exactly once.
+pub trait Plane: Send {
+    /// The plane's name as users see it.
+    fn name(&self) -> &'static str;
+
+    /// Takes a flow over.
+    fn open(&self, flow: Flow);
+
+    /// Resets every open flow: both sides get a RST where the protocol has one.
+    fn reset_all(&self);
+
+    /// Closes, FIN first, every flow that moved no byte for `silent_for`. A flow that moved one since stays.
+    fn close_silent(&self, silent_for: Duration);
+}

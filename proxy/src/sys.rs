@@ -1,0 +1,1 @@
+//! The only `unsafe` of user space: system calls that no library offers safely.
