@@ -23,21 +23,25 @@ pub trait Driver: Send {
     ///
     /// # Errors
     /// The backend can never be started (no such unit, masked, no such program), or nobody can be asked.
-    fn state(&self) -> DriverFuture<Result<BackendState, Failure>>;
+    fn state(&mut self) -> DriverFuture<Result<BackendState, Failure>>;
 
     /// Starts the backend. Ends when the start job is done (systemd: the job's result; exec: the child runs),
-    /// which does not mean that the backend accepts connections.
+    /// which does not mean that the backend accepts connections. The future may be dropped: a `stop` follows.
     ///
     /// # Errors
     /// The job failed, with the manager's own result.
-    fn start(&self) -> DriverFuture<Result<(), Failure>>;
+    fn start(&mut self) -> DriverFuture<Result<(), Failure>>;
 
     /// Stops the backend. Ends when it is really gone: the job done and the unit inactive, or the process group
     /// empty. Stopping a backend that is not running succeeds.
     ///
     /// # Errors
     /// It could not be stopped; it may still run.
-    fn stop(&self) -> DriverFuture<Result<(), Failure>>;
+    fn stop(&mut self) -> DriverFuture<Result<(), Failure>>;
+
+    /// Whether a socket unit of the backend's own listens for it while it is not running, so that somebody at its
+    /// address is no stranger.
+    fn is_socket_activated(&self) -> DriverFuture<bool>;
 
     /// The next change that the backend made by itself or that somebody else made. Pending for ever when there
     /// is none. Cancel safe. A change that our own `start` or `stop` made may be reported too.

@@ -6,6 +6,15 @@
 
 pub mod accounting;
 pub mod activation;
+pub mod address;
 pub mod clock;
+pub mod config;
+pub mod event_loop;
+pub mod idle;
+pub mod lifecycle;
+pub mod listener;
+pub mod pairing;
 pub mod plane;
+pub mod readiness;
+pub mod report;
 pub mod sys;

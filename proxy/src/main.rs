@@ -1,2 +1,60 @@
-//! The program `drowse`.
-fn main() {}
+//! The program `drowse`: arguments in, exit status out. The only place that reports a fatal error.
+
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use drowse::config::{Action, Cli, LogLevel, RunArgs};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tracing_subscriber::fmt::writer::MakeWriterExt as _;
+
+/// Wrong arguments; clap uses the same.
+const WRONG_ARGUMENTS: u8 = 2;
+
+fn main() -> ExitCode {
+    match Cli::parse().action {
+        Action::Run(run) => serve(*run),
+    }
+}
+
+fn serve(run: RunArgs) -> ExitCode {
+    log_to_stderr(run.log_level);
+    let open_files = getrlimit(Resource::Nofile);
+    let connections_max = match run.check().and_then(|()| run.connections_max(raise_open_files(open_files))) {
+        Ok(connections_max) => connections_max,
+        Err(message) => {
+            tracing::error!("{message}");
+            return ExitCode::from(WRONG_ARGUMENTS);
+        }
+    };
+    let served = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(anyhow::Error::new)
+        .and_then(|runtime| runtime.block_on(drowse::event_loop::run(run, connections_max, open_files)));
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Raises the soft limit on open files to the hard one and returns what holds.
+fn raise_open_files(limit: Rlimit) -> u64 {
+    let raised = Rlimit { current: limit.maximum, ..limit };
+    let holds = if setrlimit(Resource::Nofile, raised).is_ok() { raised } else { limit };
+    holds.current.unwrap_or(u64::MAX)
+}
+
+/// One line per message: in colour for a terminal, without the time where the journal has its own.
+fn log_to_stderr(level: LogLevel) {
+    let to_journal = std::env::var_os("JOURNAL_STREAM").is_some();
+    let lines = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr.with_max_level(level.level()))
+        .with_max_level(level.level())
+        .with_target(matches!(level, LogLevel::Trace))
+        .with_ansi(std::io::stderr().is_terminal());
+    if to_journal { lines.without_time().init() } else { lines.init() }
+}

@@ -33,6 +33,10 @@ pub trait Plane: Send {
     /// Resets every open flow: both sides get a RST where the protocol has one.
     fn reset_all(&self);
 
+    /// The backend's processes are gone: every open flow ends as soon as the client has what the backend had sent.
+    /// A client that does not close its half would otherwise keep a dead flow open.
+    fn backend_gone(&self);
+
     /// Closes, FIN first, every flow that moved no byte for `silent_for`. A flow that moved one since stays.
     fn close_silent(&self, silent_for: Duration);
 }

@@ -1,1 +1,63 @@
 //! The only `unsafe` of user space: system calls that no library offers safely.
+#![expect(unsafe_code, reason = "this is the one place for it")]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+
+use rustix::process::{Resource, Rlimit, Signal};
+use socket2::Socket;
+use tokio::io::Interest;
+use tokio::io::unix::{AsyncFd, AsyncFdRegisterError};
+
+/// Takes ownership of a descriptor that our parent passed to us by number, and makes it close-on-exec.
+///
+/// # Errors
+/// There is no such descriptor.
+pub fn adopt_descriptor(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl(F_SETFD) on any number is sound; it fails with EBADF when nothing is open there.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, and nobody else in this process owns a number that the parent passed.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Makes a listener drop every packet before the TCP state machine sees it (classic BPF, `SO_ATTACH_FILTER`), or
+/// undoes it. Connections whose handshake is complete stay in the accept queue; a client in the middle of one
+/// retries, as after any lost packet.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn drop_all_packets(listener: BorrowedFd<'_>, drop: bool) -> io::Result<()> {
+    let mut accept_zero_bytes = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
+    let program = libc::sock_fprog { len: 1, filter: &raw mut accept_zero_bytes };
+    let option = if drop { libc::SO_ATTACH_FILTER } else { libc::SO_DETACH_FILTER };
+    let size = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or(0);
+    // SAFETY: `program` and the one instruction it points to live until the call returns; the kernel copies both.
+    let result = unsafe {
+        libc::setsockopt(listener.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const program).cast(), size)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Registers a socket with the runtime's epoll.
+///
+/// # Errors
+/// As epoll_ctl(2); the socket comes back with the error.
+pub fn watch(socket: Socket, interest: Interest) -> Result<AsyncFd<Socket>, AsyncFdRegisterError<Socket>> {
+    // SAFETY: a `Socket` owns its descriptor and returns the same one for as long as it lives.
+    unsafe { AsyncFd::register_with_interest(socket, interest) }
+}
+
+/// Gives a child the limit on open files that we had before we raised ours, and ends it when we are killed.
+pub fn prepare_child(command: &mut Command, open_files: Rlimit) {
+    let prepare = move || {
+        rustix::process::setrlimit(Resource::Nofile, open_files)?;
+        rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only two system calls are made; nothing is allocated and no lock is taken.
+    unsafe { command.pre_exec(prepare) };
+}

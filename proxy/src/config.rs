@@ -1,0 +1,346 @@
+//! The command line, parsed into checked types. Every default and every limit of user space lives here.
+
+use std::ffi::OsString;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::address::Address;
+use crate::idle::IdlePolicy;
+use crate::lifecycle::{IdleAction, Ownership, Rules};
+
+/// Descriptors kept free for everything that is no flow: listeners, D-Bus, epoll, eBPF, pipes in use.
+pub const DESCRIPTORS_RESERVED: u64 = 128;
+/// Descriptors of one flow: the client's and the backend's.
+pub const DESCRIPTORS_PER_FLOW: u64 = 2;
+/// The default of `--connections-max` where the limit on open files allows it.
+pub const CONNECTIONS_MAX_DEFAULT: u64 = 10_000;
+
+/// A service sleeps until its first connection: drowse holds the client, starts the backend, gets out of the way,
+/// and stops the backend when nobody uses it any more.
+#[derive(Debug, Parser)]
+#[command(name = "drowse", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub action: Action,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Action {
+    /// Proxy one service, waking and stopping its backend
+    Run(Box<RunArgs>),
+}
+
+/// The options of `drowse run`. Each can also come from the environment.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// Listen here: HOST:PORT, [V6]:PORT, :PORT, /path or @abstract. May be given more than once; not under
+    /// systemd socket activation, where the listeners come from the .socket unit
+    #[arg(long, value_name = "ADDR", env = "DROWSE_LISTEN", value_delimiter = ' ')]
+    pub listen: Vec<Address>,
+
+    /// Where the backend accepts connections
+    #[arg(long, value_name = "ADDR", env = "DROWSE_BACKEND")]
+    pub backend: Address,
+
+    /// The systemd unit that is the backend. Without a unit or a COMMAND the backend looks after itself
+    #[arg(long, value_name = "NAME.service", env = "DROWSE_UNIT", conflicts_with = "command")]
+    pub unit: Option<String>,
+
+    /// The unit belongs to the user's systemd, not to the system's
+    #[arg(long, env = "DROWSE_USER", requires = "unit")]
+    pub user: bool,
+
+    /// How bytes travel
+    #[arg(long, value_enum, default_value = "auto", env = "DROWSE_PLANE")]
+    pub plane: PlaneChoice,
+
+    /// Whether to load eBPF programs: auto loads them where kernel and privileges allow
+    #[arg(long, value_enum, default_value = "auto", env = "DROWSE_EBPF")]
+    pub ebpf: Switch,
+
+    /// Flows and held clients at a time; more wait in the listener's backlog [default: what the limit on open
+    /// files allows, at most 10000]
+    #[arg(long, value_name = "N", env = "DROWSE_CONNECTIONS_MAX", value_parser = clap::value_parser!(u64).range(1..))]
+    pub connections_max: Option<u64>,
+
+    /// Threads that move bytes [default: one per CPU, at most 4]
+    #[arg(long, value_name = "N", env = "DROWSE_WORKERS", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub workers: Option<u16>,
+
+    /// How long nobody may use the backend before it is stopped
+    #[arg(long, value_name = "TIME", default_value = "15min", env = "DROWSE_IDLE_TIME", value_parser = duration)]
+    pub idle_time: Duration,
+
+    /// What counts as use: an open connection, or a byte that moves
+    #[arg(long, value_enum, default_value = "connections", env = "DROWSE_IDLE_POLICY")]
+    pub idle_policy: IdlePolicy,
+
+    /// What happens to an idle backend
+    #[arg(long, value_enum, default_value = "stop", env = "DROWSE_IDLE_ACTION")]
+    pub idle_action: IdleAction,
+
+    /// Exit after so long with nothing to do; systemd's socket starts drowse again
+    #[arg(long, value_name = "TIME", default_value = "infinity", env = "DROWSE_EXIT_IDLE_TIME", value_parser = duration)]
+    pub exit_idle_time: Duration,
+
+    /// Asked before an idle backend is stopped: exit status 0 means busy, 1 means not busy, anything else counts
+    /// as busy. Run by /bin/sh
+    #[arg(long, value_name = "CMD", env = "DROWSE_BUSY_COMMAND")]
+    pub busy_command: Option<String>,
+
+    /// How long a client waits for the backend to accept connections
+    #[arg(long, value_name = "TIME", default_value = "90s", env = "DROWSE_START_TIMEOUT", value_parser = duration)]
+    pub start_timeout: Duration,
+
+    /// How long the backend may take to stop; a COMMAND is then killed
+    #[arg(long, value_name = "TIME", default_value = "90s", env = "DROWSE_STOP_TIMEOUT", value_parser = duration)]
+    pub stop_timeout: Duration,
+
+    /// How long open connections may take to end when drowse is asked to stop
+    #[arg(long, value_name = "TIME", default_value = "10s", env = "DROWSE_DRAIN_TIME", value_parser = duration)]
+    pub drain_time: Duration,
+
+    /// How to know that the backend is ready: auto and connect: it accepts a connection; notify: it says READY=1;
+    /// http:PATH: a GET answers with a status below 400
+    #[arg(long, value_name = "auto|connect|notify|http:PATH", default_value = "auto", env = "DROWSE_READY_PROBE", value_parser = ready_probe)]
+    pub ready_probe: ReadyProbe,
+
+    /// Tell the backend the client's address in a PROXY protocol header
+    #[arg(long, value_enum, value_name = "VERSION", env = "DROWSE_PROXY_PROTOCOL")]
+    pub proxy_protocol: Option<ProxyProtocol>,
+
+    /// The service's name in logs and pins [default: the unit, the command, or the backend's address]
+    #[arg(long, env = "DROWSE_NAME")]
+    pub name: Option<String>,
+
+    /// How much to log
+    #[arg(long, value_enum, default_value = "info", env = "DROWSE_LOG_LEVEL")]
+    pub log_level: LogLevel,
+
+    /// The backend as a command of ours: a child process
+    #[arg(last = true, value_name = "COMMAND", num_args = 1..)]
+    pub command: Vec<OsString>,
+}
+
+/// `--plane`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PlaneChoice {
+    /// The fastest that is possible here
+    Auto,
+    /// Through pipes in the kernel
+    Splice,
+    /// Through a buffer in user space
+    Copy,
+}
+
+/// A feature that is used where it works, or never.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Where it works
+    Auto,
+    /// Never
+    Off,
+}
+
+/// `--ready-probe`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReadyProbe {
+    /// The backend accepts a connection.
+    Connect,
+    /// The backend says `READY=1`, then accepts a connection.
+    Notify,
+    /// A GET of this path answers with a status below 400.
+    Http(String),
+}
+
+/// `--proxy-protocol`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ProxyProtocol {
+    /// The line of text
+    V1,
+    /// The binary header
+    V2,
+}
+
+/// `--log-level`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogLevel {
+    /// Only what ends drowse
+    Error,
+    /// What was survived but is odd
+    Warn,
+    /// Activations and stops
+    Info,
+    /// Each flow
+    Debug,
+    /// Each event
+    Trace,
+}
+
+impl LogLevel {
+    /// The level as `tracing` has it.
+    #[must_use]
+    pub fn level(self) -> tracing::Level {
+        match self {
+            Self::Error => tracing::Level::ERROR,
+            Self::Warn => tracing::Level::WARN,
+            Self::Info => tracing::Level::INFO,
+            Self::Debug => tracing::Level::DEBUG,
+            Self::Trace => tracing::Level::TRACE,
+        }
+    }
+}
+
+impl RunArgs {
+    /// The service's name: what was given, else the unit, the command, or the backend's address.
+    #[must_use]
+    pub fn service_name(&self) -> String {
+        let command = || {
+            let program = std::path::Path::new(self.command.first()?).file_name()?;
+            Some(program.to_string_lossy().into_owned())
+        };
+        self.name.clone().or_else(|| self.unit.clone()).or_else(command).unwrap_or_else(|| self.backend.to_string())
+    }
+
+    /// What the lifecycle must know.
+    #[must_use]
+    pub fn rules(&self) -> Rules {
+        let ownership = match (&self.unit, self.command.is_empty()) {
+            (Some(_), _) => Ownership::Managed,
+            (None, false) => Ownership::Own,
+            (None, true) => Ownership::Foreign,
+        };
+        Rules {
+            ownership,
+            idle_time: self.idle_time,
+            idle_policy: self.idle_policy,
+            idle_action: self.idle_action,
+            exit_idle_time: self.exit_idle_time,
+            start_timeout: self.start_timeout,
+            stop_timeout: self.stop_timeout,
+            drain_time: self.drain_time,
+        }
+    }
+
+    /// Checks what clap cannot: options that contradict each other.
+    ///
+    /// # Errors
+    /// One line for people.
+    pub fn check(&self) -> Result<(), String> {
+        if self.listen.contains(&self.backend) {
+            return Err(format!("--listen and --backend are both {}; they must differ", self.backend));
+        }
+        if self.ready_probe == ReadyProbe::Notify && self.unit.is_none() && self.command.is_empty() {
+            return Err("--ready-probe notify needs --unit or a COMMAND that says READY=1".to_owned());
+        }
+        if self.unit.as_ref().is_some_and(|unit| !unit.contains('.')) {
+            return Err(format!("--unit needs the unit's full name: {}.service", self.unit.as_deref().unwrap_or("")));
+        }
+        Ok(())
+    }
+
+    /// How many flows and held clients there may be, given the limit on open files.
+    ///
+    /// # Errors
+    /// The user's number needs more open files than the limit allows.
+    pub fn connections_max(&self, open_files_max: u64) -> Result<u64, String> {
+        let possible = open_files_max.saturating_sub(DESCRIPTORS_RESERVED) / DESCRIPTORS_PER_FLOW;
+        match self.connections_max {
+            Some(wanted) if wanted > possible => Err(format!(
+                "--connections-max={wanted} needs {} open files, the limit is {open_files_max}; raise LimitNOFILE= or ulimit -n",
+                wanted.saturating_mul(DESCRIPTORS_PER_FLOW).saturating_add(DESCRIPTORS_RESERVED)
+            )),
+            Some(wanted) => Ok(wanted),
+            None => Ok(CONNECTIONS_MAX_DEFAULT.min(possible).max(1)),
+        }
+    }
+}
+
+/// A duration as systemd writes it: `15min`, `2h 30s`, a bare number of seconds, `infinity`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let text = text.trim();
+    if text == "infinity" {
+        return Ok(Duration::MAX);
+    }
+    if let Ok(seconds) = text.parse::<f64>() {
+        return Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string());
+    }
+    humantime::parse_duration(text).map_err(|error| format!("{error}; write it as 90s, 15min, 2h 30s or infinity"))
+}
+
+fn ready_probe(text: &str) -> Result<ReadyProbe, String> {
+    match (text, text.strip_prefix("http:")) {
+        ("auto" | "connect", _) => Ok(ReadyProbe::Connect),
+        ("notify", _) => Ok(ReadyProbe::Notify),
+        (_, Some(path)) if path.starts_with('/') && !path.contains(|c: char| c.is_whitespace() || c.is_control()) => {
+            Ok(ReadyProbe::Http(path.to_owned()))
+        }
+        (_, Some(path)) => Err(format!("'{path}' is no path: it starts with '/' and has no blanks")),
+        _ => Err("expected auto, connect, notify or http:/PATH".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(args: &[&str]) -> Result<RunArgs, clap::Error> {
+        let line = ["drowse", "run", "--backend", "127.0.0.1:9"].iter().chain(args);
+        let Cli { action: Action::Run(run) } = Cli::try_parse_from(line)?;
+        Ok(*run)
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_are_read_as_systemd_writes_them() {
+        for (text, seconds) in [("15min", 900.0), ("2h 30s", 7230.0), ("90", 90.0), ("0.5", 0.5), ("50ms", 0.05)] {
+            assert!((duration(text).unwrap().as_secs_f64() - seconds).abs() < 1e-9, "{text}");
+        }
+        assert_eq!(duration("infinity"), Ok(Duration::MAX));
+        for text in ["", "-1", "15 parsecs", "nan"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn who_owns_the_backend_follows_from_unit_and_command() {
+        assert_eq!(run(&[]).unwrap().rules().ownership, Ownership::Foreign);
+        assert_eq!(run(&["--unit", "a.service"]).unwrap().rules().ownership, Ownership::Managed);
+        assert_eq!(run(&["--", "sleep", "1"]).unwrap().rules().ownership, Ownership::Own);
+        assert!(run(&["--unit", "a.service", "--", "sleep"]).is_err());
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        assert!(run(&["--listen", "127.0.0.1:9"]).unwrap().check().is_err());
+        assert!(run(&["--ready-probe", "notify"]).unwrap().check().is_err());
+        assert!(run(&["--unit", "dice"]).unwrap().check().is_err());
+        assert!(run(&["--ready-probe", "http:health"]).is_err());
+        assert!(run(&["--unit", "dice.service", "--ready-probe", "notify"]).unwrap().check().is_ok());
+    }
+
+    #[test]
+    fn the_name_comes_from_what_is_known_best() {
+        assert_eq!(run(&[]).unwrap().service_name(), "127.0.0.1:9");
+        assert_eq!(run(&["--", "/usr/bin/python3", "-m", "x"]).unwrap().service_name(), "python3");
+        assert_eq!(run(&["--unit", "a.service"]).unwrap().service_name(), "a.service");
+        assert_eq!(run(&["--name", "n", "--unit", "a.service"]).unwrap().service_name(), "n");
+    }
+
+    #[test]
+    fn connections_fit_the_limit_on_open_files() {
+        assert_eq!(run(&[]).unwrap().connections_max(1024), Ok(448));
+        assert_eq!(run(&[]).unwrap().connections_max(1 << 20), Ok(CONNECTIONS_MAX_DEFAULT));
+        assert_eq!(run(&["--connections-max", "9"]).unwrap().connections_max(1024), Ok(9));
+        assert!(run(&["--connections-max", "9000"]).unwrap().connections_max(1024).is_err());
+        assert!(run(&["--connections-max", "0"]).is_err());
+    }
+}

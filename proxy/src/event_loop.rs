@@ -1,0 +1,602 @@
+//! The event loop: the one place where the stages meet.
+//!
+//! Owns: every task and handle of one service. Turns what happens into `lifecycle` events and carries out the
+//! commands that come back. Must never: decide; and nothing in it may block.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use rustix::process::Rlimit;
+use socket2::Socket;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio::time::{Interval, MissedTickBehavior};
+use tracing::{debug, error, info, warn};
+
+use crate::accounting::{Accounting, Totals};
+use crate::activation::exec::ExecDriver;
+use crate::activation::systemd::{Bus, SystemdDriver};
+use crate::activation::{BackendState, Change, Driver, Failure};
+use crate::clock::{self, Monotonic};
+use crate::config::{PlaneChoice, ReadyProbe, RunArgs, Switch};
+use crate::lifecycle::{Command, Event, Lifecycle, Ownership, State};
+use crate::listener::Listeners;
+use crate::pairing::{self, Gate, Outcome};
+use crate::plane::Plane;
+use crate::plane::forward::{Forward, Mode};
+use crate::readiness::listen_hook::ListenHook;
+use crate::readiness::{self, Hints};
+use crate::report::notify::{self, Notifier};
+use crate::report::status_line::status_line;
+
+/// How long the busy command may run; one that does not answer counts as busy.
+const BUSY_COMMAND_TIME: Duration = Duration::from_secs(30);
+/// What the service manager's own stop timeout may take beyond ours.
+const STOP_MARGIN: Duration = Duration::from_secs(15);
+
+type Task<T> = Option<Pin<Box<dyn Future<Output = T>>>>;
+
+/// One service: its listeners, its backend and everything in between.
+pub struct EventLoop {
+    run: Arc<RunArgs>,
+    name: String,
+    connections_max: u64,
+    lifecycle: Lifecycle,
+    accounting: Arc<Accounting>,
+    plane: Box<dyn Plane>,
+    /// `None` once no further client is accepted.
+    listeners: Option<Listeners>,
+    driver: Option<Box<dyn Driver>>,
+    gate: Arc<Gate>,
+    clients: FuturesUnordered<Pin<Box<dyn Future<Output = Outcome>>>>,
+    hints: Arc<Hints>,
+    /// The look at the backend's address before a start job.
+    check: Task<Result<(), Failure>>,
+    start: Task<Result<(), Failure>>,
+    stop: Task<Result<(), Failure>>,
+    probe: Task<Option<Socket>>,
+    /// The busy command; true is busy.
+    look: Task<bool>,
+    hook: Hook,
+    notifier: Notifier,
+    status_due: Option<Monotonic>,
+    watchdog: Option<Interval>,
+    terminate: Signal,
+    interrupt: Signal,
+    /// Accepting failed and was reported; not again before it works.
+    accept_failing: bool,
+    exit: bool,
+}
+
+/// The listen hook, which is loaded while the backend starts for the first time.
+enum Hook {
+    Unused,
+    Loading(JoinHandle<anyhow::Result<ListenHook>>),
+    Attached(ListenHook),
+}
+
+/// What the loop woke up for.
+enum Woken {
+    Accepted(std::io::Result<Socket>),
+    Client(Outcome),
+    Checked(Result<(), Failure>),
+    Started(Result<(), Failure>),
+    Stopped(Result<(), Failure>),
+    Ready(Option<Socket>),
+    Looked(bool),
+    Changed(Change),
+    HookLoaded(anyhow::Result<ListenHook>),
+    Listened,
+    FlowsClosed,
+    Deadline,
+    WatchdogDue,
+    Terminated(&'static str),
+}
+
+/// Runs one service until it is asked to stop or has nothing to do for `--exit-idle-time`.
+///
+/// # Errors
+/// It cannot begin: no listener, no such unit, no service manager. The message says what to do.
+pub async fn run(run: RunArgs, connections_max: u64, open_files: Rlimit) -> anyhow::Result<()> {
+    let mut service = EventLoop::prepare(run, connections_max, open_files).await?;
+    service.serve().await;
+    Ok(())
+}
+
+impl EventLoop {
+    async fn prepare(run: RunArgs, connections_max: u64, open_files: Rlimit) -> anyhow::Result<Self> {
+        let listeners = Listeners::open(&run.listen).await?;
+        let mut driver = driver(&run, open_files).await?;
+        let backend = match &mut driver {
+            Some(driver) => driver.state().await?,
+            None => BackendState::Up,
+        };
+        let workers = workers(&run);
+        let accounting = Accounting::new(workers);
+        let mode = match run.plane {
+            PlaneChoice::Auto | PlaneChoice::Splice => Mode::Splice,
+            PlaneChoice::Copy => Mode::Copy,
+        };
+        let plane = Forward::new(mode, workers, Arc::clone(&accounting)).context("start the forwarding workers")?;
+        let name = driver.as_ref().map_or_else(|| run.backend.to_string(), |driver| driver.name().to_owned());
+        let watchdog = notify::watchdog_period().map(|period| {
+            let mut interval = tokio::time::interval(period);
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            interval
+        });
+        let service = Self {
+            name,
+            connections_max,
+            lifecycle: Lifecycle::new(run.rules(), backend, clock::now()),
+            accounting,
+            plane: Box::new(plane),
+            listeners: Some(listeners),
+            driver,
+            gate: Arc::default(),
+            clients: FuturesUnordered::new(),
+            hints: Arc::default(),
+            check: None,
+            start: None,
+            stop: None,
+            probe: None,
+            look: None,
+            hook: Hook::Unused,
+            notifier: Notifier::default(),
+            status_due: None,
+            watchdog,
+            terminate: signal(SignalKind::terminate()).context("watch for SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("watch for SIGINT")?,
+            accept_failing: false,
+            exit: false,
+            run: Arc::new(run),
+        };
+        service.gate.set_open(service.lifecycle.is_awake());
+        Ok(service)
+    }
+
+    async fn serve(&mut self) {
+        let listeners: Vec<&str> = self.listeners.iter().flat_map(Listeners::names).collect();
+        info!(
+            "{} in front of {} ({}), plane {}, at most {} connections",
+            listeners.join(", "),
+            self.run.backend,
+            status_line(&self.lifecycle, &self.name, &Totals::default(), clock::now()),
+            self.plane.name(),
+            self.connections_max,
+        );
+        self.tell_status();
+        self.notifier.ready();
+        while !self.exit {
+            let woken = self.next().await;
+            for event in self.translate(woken) {
+                self.handle(event);
+            }
+            self.tell_status();
+        }
+        self.notifier.stopping();
+    }
+
+    /// Waits for whatever happens first. The order matters under load: what is rare and due goes before clients, and
+    /// clients' own progress before new clients.
+    async fn next(&mut self) -> Woken {
+        let now = clock::now();
+        let totals = self.accounting.totals();
+        let deadline = [self.lifecycle.deadline(&totals, now), self.status_due].into_iter().flatten().min();
+        let has_room = self.lifecycle.held() + totals.flows_open < self.connections_max;
+        tokio::select! {
+            biased;
+            name = asked_to_stop(&mut self.terminate, &mut self.interrupt) => Woken::Terminated(name),
+            change = changed(self.driver.as_mut()) => Woken::Changed(change),
+            result = finished(&mut self.check) => Woken::Checked(result),
+            result = finished(&mut self.start) => Woken::Started(result),
+            result = finished(&mut self.stop) => Woken::Stopped(result),
+            scout = finished(&mut self.probe) => Woken::Ready(scout),
+            busy = finished(&mut self.look) => Woken::Looked(busy),
+            () = due(self.watchdog.as_mut()) => Woken::WatchdogDue,
+            () = sleep_until(deadline, now) => Woken::Deadline,
+            woken = self.hook.next() => woken,
+            Some(outcome) = self.clients.next(), if !self.clients.is_empty() => Woken::Client(outcome),
+            () = self.accounting.flows_closed.notified() => Woken::FlowsClosed,
+            client = accepted(self.listeners.as_mut()), if has_room => Woken::Accepted(client),
+        }
+    }
+
+    /// Does what needs no decision, and says what it means for the lifecycle.
+    fn translate(&mut self, woken: Woken) -> Vec<Event> {
+        match woken {
+            Woken::Accepted(Ok(client)) => {
+                self.accept_failing = false;
+                self.hold(client);
+                vec![Event::ClientAccepted]
+            }
+            Woken::Accepted(Err(error)) => {
+                if !std::mem::replace(&mut self.accept_failing, true) {
+                    warn!(%error, "cannot accept clients for now; they wait in the backlog");
+                }
+                vec![]
+            }
+            Woken::Client(outcome) => self.settle_client(outcome),
+            Woken::Checked(result) => {
+                self.check = None;
+                self.begin_start(result)
+            }
+            Woken::Started(result) => {
+                self.start = None;
+                self.hints.nudge();
+                vec![Event::Started(result)]
+            }
+            Woken::Stopped(result) => {
+                self.stop = None;
+                vec![Event::Stopped(result)]
+            }
+            Woken::Ready(scout) => {
+                self.probe = None;
+                self.gate.offer_scout(scout.filter(|_| self.lifecycle.held() > 0));
+                vec![Event::BackendReady]
+            }
+            Woken::Looked(busy) => {
+                self.look = None;
+                self.last_look(busy)
+            }
+            Woken::Changed(change) => self.translate_change(change),
+            Woken::HookLoaded(loaded) => {
+                self.use_hook(loaded);
+                vec![]
+            }
+            Woken::Listened => {
+                self.hints.nudge();
+                vec![]
+            }
+            Woken::FlowsClosed | Woken::Deadline => vec![Event::Tick],
+            Woken::WatchdogDue => {
+                self.notifier.alive();
+                vec![]
+            }
+            Woken::Terminated(signal) => {
+                info!("{signal}: letting open connections end");
+                vec![Event::Terminate]
+            }
+        }
+    }
+
+    fn translate_change(&self, change: Change) -> Vec<Event> {
+        debug!(?change, "the backend changed");
+        self.hints.nudge();
+        match change {
+            Change::Up => vec![Event::BackendUp],
+            Change::Ready => {
+                self.hints.set_said_ready();
+                vec![Event::BackendUp]
+            }
+            Change::GoingDown => vec![Event::BackendGoingDown],
+            Change::Down(failure) => vec![Event::BackendDown(failure)],
+        }
+    }
+
+    fn settle_client(&mut self, outcome: Outcome) -> Vec<Event> {
+        match outcome {
+            Outcome::Paired(flow) => {
+                self.plane.open(flow);
+                vec![Event::ClientPaired]
+            }
+            Outcome::Refused(client, error) => {
+                debug!(%error, "the backend took no connection; the client is held");
+                self.gate.set_open(false);
+                self.hold(client);
+                vec![Event::ClientRefused]
+            }
+            Outcome::Left => vec![Event::ClientLeft],
+            Outcome::TurnedAway => vec![],
+        }
+    }
+
+    fn hold(&mut self, client: Socket) {
+        let (gate, run) = (Arc::clone(&self.gate), Arc::clone(&self.run));
+        self.clients.push(Box::pin(async move {
+            pairing::hold(client, &gate, &run.backend, run.proxy_protocol).await
+        }));
+    }
+
+    /// The end of the last look: the accept queues are looked at after the busy command has had its say.
+    fn last_look(&mut self, busy: bool) -> Vec<Event> {
+        let totals = self.accounting.totals();
+        let has_room = self.lifecycle.held() + totals.flows_open < self.connections_max;
+        let waiting = self.listeners.as_ref().filter(|_| has_room).and_then(Listeners::try_accept);
+        if let Some(client) = waiting {
+            self.hold(client);
+            return vec![Event::ClientAccepted];
+        }
+        vec![if busy { Event::Busy } else { Event::Quiet }]
+    }
+
+    fn handle(&mut self, event: Event) {
+        let (before, since) = (self.lifecycle.state().clone(), self.lifecycle.since());
+        let now = clock::now();
+        let totals = self.accounting.totals();
+        tracing::trace!(?event, ?before, held = self.lifecycle.held(), "event");
+        let commands = self.lifecycle.step(event, &totals, now);
+        self.gate.set_open(self.lifecycle.is_awake());
+        self.log_change(&before, now.saturating_sub(since));
+        for command in commands {
+            self.carry_out(command);
+        }
+    }
+
+    fn carry_out(&mut self, command: Command) {
+        debug!(?command, "carry out");
+        match command {
+            Command::StartBackend => self.start_backend(),
+            Command::StopBackend => self.stop_backend(),
+            Command::Probe => self.begin_probe(),
+            Command::StopProbing => self.probe = None,
+            Command::ResetHeld => self.gate.turn_away(),
+            Command::ResetFlows => self.plane.reset_all(),
+            Command::BackendGone => self.plane.backend_gone(),
+            Command::CloseSilent => self.plane.close_silent(self.run.idle_time),
+            Command::LookAgain => self.look = Some(Box::pin(is_busy(self.run.busy_command.clone()))),
+            Command::Report(failure) => self.report(&failure),
+            Command::StopAccepting => self.stop_accepting(),
+            Command::Exit => self.leave(),
+        }
+    }
+
+    /// Looks whether a stranger sits on the backend's address; the start job and the probe follow.
+    fn start_backend(&mut self) {
+        self.hints.clear();
+        self.load_hook();
+        let Some(driver) = &self.driver else { return };
+        let (run, is_its_own) = (Arc::clone(&self.run), driver.is_socket_activated());
+        self.check = Some(Box::pin(async move {
+            match readiness::occupied(&run.backend).await {
+                Some(address) if !is_its_own.await => Err(occupied_failure(&address)),
+                Some(_) | None => Ok(()),
+            }
+        }));
+    }
+
+    fn begin_start(&mut self, checked: Result<(), Failure>) -> Vec<Event> {
+        if let Err(failure) = checked {
+            return vec![Event::Started(Err(failure))];
+        }
+        self.start = self.driver.as_mut().map(|driver| -> Pin<Box<dyn Future<Output = _>>> { driver.start() });
+        self.begin_probe();
+        vec![]
+    }
+
+    fn stop_backend(&mut self) {
+        self.check = None;
+        self.start = None;
+        let Some(driver) = &mut self.driver else { return };
+        let (stop, name) = (driver.stop(), self.name.clone());
+        let patience = self.run.stop_timeout.saturating_add(STOP_MARGIN);
+        self.stop = Some(Box::pin(async move {
+            let late = || Failure::new("stop-timeout", format!("{name} did not stop within {patience:?}"));
+            tokio::time::timeout(patience, stop).await.unwrap_or_else(|_elapsed| Err(late()))
+        }));
+    }
+
+    /// Probes for readiness; while the address is being looked at, the start that follows does it.
+    fn begin_probe(&mut self) {
+        if self.check.is_some() {
+            return;
+        }
+        let (run, hints) = (Arc::clone(&self.run), Arc::clone(&self.hints));
+        self.probe = Some(Box::pin(async move {
+            readiness::wait(&run.backend, &run.ready_probe, &hints).await
+        }));
+    }
+
+    /// Begins to load the listen hook beside the first start, so that it never delays a client.
+    fn load_hook(&mut self) {
+        let Some(port) = self.run.backend.port() else { return };
+        if !matches!(self.hook, Hook::Unused) || self.run.ebpf == Switch::Off {
+            return;
+        }
+        let name = self.run.service_name();
+        self.hook = Hook::Loading(tokio::task::spawn_blocking(move || ListenHook::attach(&name, &[port])));
+    }
+
+    fn use_hook(&mut self, loaded: anyhow::Result<ListenHook>) {
+        match loaded {
+            Ok(hook) => {
+                if let Some(reason) = hook.unpinned() {
+                    info!("eBPF maps are not pinned: {reason}");
+                }
+                debug!("the listen hook is attached");
+                self.hook = Hook::Attached(hook);
+                self.hints.set_hooked();
+            }
+            Err(error) => {
+                info!("readiness by retried connects, no listen hook: {error:#}");
+                self.run = Arc::new(RunArgs { ebpf: Switch::Off, ..RunArgs::clone(&self.run) });
+                self.hook = Hook::Unused;
+            }
+        }
+    }
+
+    fn report(&self, failure: &Failure) {
+        let last = self.hints.last_error();
+        if failure.result == "start-timeout" && !last.is_empty() {
+            error!(unit = self.name, result = failure.result, "{}: {} ({last})", self.name, failure.message);
+        } else {
+            error!(unit = self.name, result = failure.result, "{}: {failure}", self.name);
+        }
+    }
+
+    /// One line per activation and per stop.
+    fn log_change(&self, before: &State, lasted: Duration) {
+        let after = self.lifecycle.state();
+        if std::mem::discriminant(before) == std::mem::discriminant(after) {
+            return;
+        }
+        let (name, held, lasted) = (&self.name, self.lifecycle.held(), format!("{:.3} s", lasted.as_secs_f64()));
+        match (before, after) {
+            (State::Settling(_), State::Awake) => debug!("{name} is in use after all"),
+            (_, State::Settling(_)) => debug!("{name} is idle: looking once more"),
+            (State::Waking { .. }, State::Awake) => info!("{name} is awake after {lasted}; clients held: {held}"),
+            (_, State::Awake) => info!("{name} is awake"),
+            (_, State::Waking { started_by_us: true, .. }) => info!("waking {name}"),
+            (_, State::Waking { .. }) => info!("{name} accepts no connection: waiting for it"),
+            (State::Settling(_) | State::Awake, State::Stopping(_)) => info!("stopping {name}: it was awake for {lasted}"),
+            (_, State::Stopping(_)) => info!("stopping {name}"),
+            (State::Stopping(_), State::Asleep) => info!("{name} is asleep; stopping took {lasted}"),
+            (_, State::Asleep) => info!("{name} is asleep"),
+            (_, State::Failed { until, .. }) => {
+                let pause = until.saturating_sub(clock::now());
+                info!("next start of {name} not before {:.1} s have passed", pause.as_secs_f64());
+            }
+        }
+    }
+
+    fn tell_status(&mut self) {
+        let now = clock::now();
+        let state = self.lifecycle.state();
+        self.status_due = self.notifier.status(state, now, || {
+            status_line(&self.lifecycle, &self.name, &self.accounting.totals(), now)
+        });
+    }
+
+    /// Takes in whoever completed a handshake with a listener of ours, then closes up. Those who wait at a listener
+    /// of systemd's wake the next drowse.
+    fn stop_accepting(&mut self) {
+        let Some(mut listeners) = self.listeners.take() else { return };
+        for client in listeners.seal() {
+            self.hold(client);
+            self.handle(Event::ClientAccepted);
+        }
+    }
+
+    /// Exits, unless somebody came at the last moment.
+    fn leave(&mut self) {
+        let mut late = Vec::new();
+        if let Some(listeners) = &mut self.listeners {
+            late = listeners.seal();
+            late.extend(listeners.try_accept());
+            if !late.is_empty() {
+                listeners.unseal();
+            }
+        }
+        self.exit = late.is_empty();
+        for client in late {
+            self.hold(client);
+            self.handle(Event::ClientAccepted);
+        }
+    }
+}
+
+impl Hook {
+    async fn next(&mut self) -> Woken {
+        match self {
+            Self::Unused => std::future::pending().await,
+            Self::Loading(loading) => Woken::HookLoaded(
+                loading.await.unwrap_or_else(|error| Err(anyhow::Error::new(error).context("load the listen hook"))),
+            ),
+            Self::Attached(hook) => {
+                hook.listened().await;
+                Woken::Listened
+            }
+        }
+    }
+}
+
+async fn driver(run: &RunArgs, open_files: Rlimit) -> anyhow::Result<Option<Box<dyn Driver>>> {
+    if let Some(unit) = &run.unit {
+        let bus = if run.user { Bus::User } else { Bus::System };
+        return Ok(Some(Box::new(SystemdDriver::connect(unit, bus).await?)));
+    }
+    if run.rules().ownership == Ownership::Foreign {
+        return Ok(None);
+    }
+    let listens_for_ready = run.ready_probe == ReadyProbe::Notify;
+    let driver = ExecDriver::new(run.command.clone(), run.stop_timeout, open_files, listens_for_ready);
+    Ok(Some(Box::new(driver)))
+}
+
+/// Forwarding threads: as many as asked for, else one per CPU up to four; more only helps with many cores to spare.
+fn workers(run: &RunArgs) -> usize {
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    run.workers.map_or(cpus.min(4), usize::from)
+}
+
+fn occupied_failure(address: &str) -> Failure {
+    let port = address.rsplit(':').next().unwrap_or(address);
+    Failure::new(
+        "address-in-use",
+        format!(
+            "another process already listens on the backend's address {address}; find it with: ss -ltnp sport = :{port}"
+        ),
+    )
+}
+
+/// Asks the busy command. Whatever is no clear "not busy" is busy: a check that fails must not stop a service.
+async fn is_busy(command: Option<String>) -> bool {
+    let Some(command) = command else { return false };
+    let mut shell = tokio::process::Command::new("/bin/sh");
+    shell.arg("-c").arg(&command).stdin(std::process::Stdio::null()).kill_on_drop(true).process_group(0);
+    match tokio::time::timeout(BUSY_COMMAND_TIME, shell.status()).await {
+        Ok(Ok(status)) if status.code() == Some(1) => false,
+        Ok(Ok(status)) if status.success() => true,
+        Ok(Ok(status)) => {
+            warn!("busy command '{command}' ended with {status}: counts as busy (0 is busy, 1 is not)");
+            true
+        }
+        Ok(Err(error)) => {
+            warn!("busy command '{command}' cannot be run: {error}: counts as busy");
+            true
+        }
+        Err(_elapsed) => {
+            warn!("busy command '{command}' took longer than {BUSY_COMMAND_TIME:?}: counts as busy");
+            true
+        }
+    }
+}
+
+async fn asked_to_stop(terminate: &mut Signal, interrupt: &mut Signal) -> &'static str {
+    tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    }
+}
+
+async fn changed(driver: Option<&mut Box<dyn Driver>>) -> Change {
+    match driver {
+        Some(driver) => driver.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn accepted(listeners: Option<&mut Listeners>) -> std::io::Result<Socket> {
+    match listeners {
+        Some(listeners) => listeners.accept().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The end of a task, if there is one; the caller clears it.
+async fn finished<T>(task: &mut Task<T>) -> T {
+    match task {
+        Some(task) => task.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(deadline: Option<Monotonic>, now: Monotonic) {
+    match deadline {
+        Some(at) => tokio::time::sleep(at.saturating_sub(now)).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn due(watchdog: Option<&mut Interval>) {
+    match watchdog {
+        Some(interval) => {
+            interval.tick().await;
+        }
+        None => std::future::pending().await,
+    }
+}

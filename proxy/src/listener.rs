@@ -1,0 +1,280 @@
+//! Listeners: adopted from systemd or bound by ourselves, and polled only while there is room.
+//!
+//! Owns: the listening sockets. Must never: accept a client that there is no room for; it waits in the backlog.
+//! systemd passes listeners as descriptors 3 and up, see `sd_listen_fds(3)`.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use rustix::net::{SocketFlags, SocketType, sockopt};
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::address::{self, Address};
+use crate::sys;
+
+/// How long accepting pauses when the system is out of descriptors or memory.
+const PAUSE: Duration = Duration::from_millis(100);
+/// The backlog of sockets that we bind: as large as the system allows (`net.core.somaxconn`).
+const BACKLOG: i32 = i32::MAX;
+/// What the name of a unix listener's file ends in while it is sealed.
+const SEALED: &str = "sealed";
+
+/// All listeners of one service.
+#[derive(Debug)]
+pub struct Listeners {
+    listeners: Vec<Listener>,
+    /// The listener to ask first, so that a busy one does not starve the others.
+    next: usize,
+    /// Out of descriptors: no accept before this timer fires.
+    pause: Option<Pin<Box<tokio::time::Sleep>>>,
+}
+
+#[derive(Debug)]
+struct Listener {
+    socket: AsyncFd<Socket>,
+    /// How people know it: the address, and systemd's name for it.
+    name: String,
+    /// systemd holds it too.
+    passed: bool,
+    /// The socket file that we made and remove again.
+    made: Option<PathBuf>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(path) = &self.made {
+            let _gone_already = std::fs::remove_file(path);
+        }
+    }
+}
+
+impl Listeners {
+    /// Takes over the listeners that systemd passed, or binds `addresses`.
+    ///
+    /// # Errors
+    /// Both or neither were given, a descriptor is no listening stream socket, an address cannot be bound.
+    pub async fn open(addresses: &[Address]) -> anyhow::Result<Self> {
+        let passed = passed()?;
+        let listeners = match (passed.is_empty(), addresses.is_empty()) {
+            (true, true) => bail!("no listener: give --listen ADDR, or start drowse from a .socket unit"),
+            (false, false) => {
+                bail!("listeners came from systemd (LISTEN_FDS) and --listen is given too: drop one of the two")
+            }
+            (false, true) => {
+                passed.into_iter().map(|(fd, name)| Listener::adopt(fd, name)).collect::<Result<_, _>>()?
+            }
+            (true, false) => bind_all(addresses).await?,
+        };
+        Ok(Self { listeners, next: 0, pause: None })
+    }
+
+    /// What is listened on, for people.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.listeners.iter().map(|listener| listener.name.as_str())
+    }
+
+    /// The next client's connection, non-blocking. Cancel safe.
+    ///
+    /// # Errors
+    /// Accepting is not possible just now (no descriptors, no memory) and pauses; reported once per pause.
+    pub async fn accept(&mut self) -> io::Result<Socket> {
+        std::future::poll_fn(|context| self.poll_accept(context)).await
+    }
+
+    /// A client that waits in a backlog right now.
+    #[must_use]
+    pub fn try_accept(&self) -> Option<Socket> {
+        self.listeners.iter().find_map(|listener| listener.accept_now().ok())
+    }
+
+    /// Closes listeners of our own so that nobody is lost: no new connection completes from now on, and those that
+    /// did are returned. [`Listeners::unseal`] undoes it. Listeners that systemd holds are left alone: whoever waits
+    /// there wakes the next drowse.
+    pub fn seal(&mut self) -> Vec<Socket> {
+        let mut late = Vec::new();
+        for listener in self.listeners.iter_mut().filter(|listener| !listener.passed) {
+            listener.set_sealed(true);
+            late.extend(std::iter::from_fn(|| listener.accept_now().ok()));
+        }
+        late
+    }
+
+    /// Undoes [`Listeners::seal`].
+    pub fn unseal(&mut self) {
+        for listener in self.listeners.iter_mut().filter(|listener| !listener.passed) {
+            listener.set_sealed(false);
+        }
+    }
+
+    fn poll_accept(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Socket>> {
+        if let Some(pause) = &mut self.pause {
+            ready!(pause.as_mut().poll(context));
+            self.pause = None;
+        }
+        let count = self.listeners.len();
+        for offset in 0..count {
+            let index = (self.next + offset) % count;
+            let Some(listener) = self.listeners.get(index) else { continue };
+            match listener.poll_accept(context) {
+                Poll::Pending => {}
+                Poll::Ready(Ok(client)) => {
+                    self.next = index + 1;
+                    return Poll::Ready(Ok(client));
+                }
+                Poll::Ready(Err(error)) => {
+                    self.pause = Some(Box::pin(tokio::time::sleep(PAUSE)));
+                    return Poll::Ready(Err(error));
+                }
+            }
+        }
+        Poll::Pending
+    }
+}
+
+impl Listener {
+    fn adopt(fd: OwnedFd, name: String) -> anyhow::Result<Self> {
+        let listens = sockopt::socket_acceptconn(&fd).unwrap_or(false);
+        if !listens || sockopt::socket_type(&fd).ok() != Some(SocketType::STREAM) {
+            bail!("descriptor {} ({name}) is no listening stream socket: the .socket unit needs ListenStream= and Accept=no", fd.as_raw_fd());
+        }
+        let socket = Socket::from(fd);
+        let local = socket.local_addr().context("read the address of a listener")?;
+        let name = match name.as_str() {
+            "" | "unknown" => address::display(&local),
+            _ => format!("{} ({name})", address::display(&local)),
+        };
+        Self::new(socket, name, true, None)
+    }
+
+    fn bind(address: &SockAddr, name: &str) -> anyhow::Result<Self> {
+        let socket = Socket::new(address.domain(), Type::STREAM, None).context("create a listener")?;
+        if address.domain() != Domain::UNIX {
+            socket.set_reuse_address(true).context("set SO_REUSEADDR")?;
+        }
+        if address.domain() == Domain::IPV6 {
+            let both_families = address.as_socket_ipv6().is_some_and(|v6| v6.ip().is_unspecified());
+            socket.set_only_v6(!both_families).context("set IPV6_V6ONLY")?;
+        }
+        let made = address.as_pathname();
+        if let Some(path) = made {
+            remove_stale(path)?;
+        }
+        if let Err(error) = socket.bind(address) {
+            bail!("cannot listen on {name}: {}", bind_advice(&error));
+        }
+        socket.listen(BACKLOG).with_context(|| format!("listen on {name}"))?;
+        Self::new(socket, name.to_owned(), false, made.map(Path::to_owned))
+    }
+
+    fn new(socket: Socket, name: String, passed: bool, made: Option<PathBuf>) -> anyhow::Result<Self> {
+        socket.set_nonblocking(true).context("set a listener to non-blocking")?;
+        Ok(Self { socket: sys::watch(socket, Interest::READABLE).context("watch a listener")?, name, passed, made })
+    }
+
+    /// A TCP listener drops all packets, so that a client retries as after any loss; the file of a unix listener is
+    /// hidden under another name. (An abstract name cannot be hidden.)
+    fn set_sealed(&mut self, sealed: bool) {
+        let Some(path) = &mut self.made else {
+            let _unix_sockets_have_no_packets = sys::drop_all_packets(self.socket.as_fd(), sealed);
+            return;
+        };
+        let other = if sealed { path.with_added_extension(SEALED) } else { path.with_extension("") };
+        if std::fs::rename(&*path, &other).is_ok() {
+            *path = other;
+        }
+    }
+
+    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<Socket>> {
+        loop {
+            let mut guard = ready!(self.socket.poll_read_ready(context))?;
+            match guard.try_io(|_| self.accept_now()) {
+                Ok(Ok(client)) => return Poll::Ready(Ok(client)),
+                Ok(Err(error)) if is_clients_fault(&error) => {}
+                Ok(Err(error)) => return Poll::Ready(Err(error)),
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    fn accept_now(&self) -> io::Result<Socket> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        Ok(Socket::from(rustix::net::accept_with(self.socket.get_ref(), flags)?))
+    }
+}
+
+async fn bind_all(addresses: &[Address]) -> anyhow::Result<Vec<Listener>> {
+    let mut listeners = Vec::new();
+    for address in addresses {
+        let resolved =
+            address.resolve_to_listen().await.with_context(|| format!("resolve --listen {address}"))?;
+        for one in &resolved {
+            listeners.push(Listener::bind(one, &address::display(one))?);
+        }
+    }
+    Ok(listeners)
+}
+
+/// The descriptors that systemd passed, with their names. They are made close-on-exec, so that no child gets them.
+fn passed() -> anyhow::Result<Vec<(OwnedFd, String)>> {
+    let passed = sd_notify::listen_fds_with_names().context("read the descriptors that systemd passed")?;
+    passed
+        .map(|(fd, name)| Ok((sys::adopt_descriptor(fd).context("adopt a descriptor from systemd")?, name)))
+        .collect()
+}
+
+/// Removes a socket file that nobody listens on any more; leaves everything else for `bind` to complain about.
+fn remove_stale(path: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::FileTypeExt;
+    let Ok(found) = std::fs::symlink_metadata(path) else { return Ok(()) };
+    if !found.file_type().is_socket() {
+        bail!("cannot listen on {}: the path exists and is no socket; remove it or choose another", path.display());
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).with_context(|| format!("remove the stale socket {}", path.display()))
+        }
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+fn bind_advice(error: &io::Error) -> String {
+    let advice = match error.kind() {
+        io::ErrorKind::AddrInUse => "another process listens there; stop it or choose another address",
+        io::ErrorKind::AddrNotAvailable => "this machine does not have that address",
+        io::ErrorKind::PermissionDenied => {
+            "not permitted; ports below 1024 need CAP_NET_BIND_SERVICE, a path needs a writable directory"
+        }
+        io::ErrorKind::NotFound => "the directory does not exist; make it first",
+        _ => return error.to_string(),
+    };
+    format!("{error}: {advice}")
+}
+
+/// Errors of accept(2) that concern one client only: the next accept may succeed at once. See "Error handling" in
+/// accept(2): Linux passes pending network errors of the new socket on.
+fn is_clients_fault(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    matches!(
+        error.raw_os_error().map(Errno::from_raw_os_error),
+        Some(
+            Errno::CONNABORTED
+                | Errno::INTR
+                | Errno::PERM
+                | Errno::PROTO
+                | Errno::NETDOWN
+                | Errno::NETUNREACH
+                | Errno::NOPROTOOPT
+                | Errno::HOSTDOWN
+                | Errno::HOSTUNREACH
+                | Errno::NONET
+        )
+    )
+}
