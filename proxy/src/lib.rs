@@ -7,5 +7,7 @@
 pub mod accounting;
 pub mod activation;
 pub mod clock;
+pub mod ebpf;
 pub mod plane;
+pub mod readiness;
 pub mod sys;
