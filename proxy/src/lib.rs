@@ -9,6 +9,7 @@ pub mod activation;
 pub mod address;
 pub mod clock;
 pub mod config;
+pub mod ebpf;
 pub mod event_loop;
 pub mod idle;
 pub mod lifecycle;

@@ -3,6 +3,8 @@
 //! Owns: when to try. The listen hook or the backend's own `READY=1` says so at once; without them a connect is
 //! retried. Must never: decide what follows, or give up; `lifecycle` has the deadline.
 
+pub mod listen_hook;
+
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};

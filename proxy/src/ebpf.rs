@@ -1,0 +1,149 @@
+//! The eBPF object in user space: embedded, loaded, pinned, its log lines passed on.
+//!
+//! Owns: the loaded object (maps and programs), its pins and its log. Must never: attach a program by itself (the
+//! part that a program belongs to does), or outlive the process: nothing that changes the kernel's behaviour is pinned.
+//! Rests on: a map or program without pin and a `bpf_link` are gone with their last file descriptor.
+
+use std::io;
+use std::os::fd::AsFd as _;
+
+use anyhow::{Context as _, bail};
+use aya::maps::{HashMap, MapData, RingBuf};
+use aya::programs::ProgramError;
+use aya::{Ebpf, EbpfLoader, Pod};
+use aya_log::EbpfLogger;
+use drowse_ebpf as abi;
+use tracing::level_filters::LevelFilter;
+use tracing_log::LogTracer;
+
+pub mod facts;
+mod pins;
+
+pub use facts::{Answer, Availability, Fact, availability};
+pub use pins::pin_name;
+
+use crate::sys::Readable;
+use pins::Pins;
+
+/// The object that `cargo xtask build-ebpf` built; empty if it did not.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/drowse.o"));
+
+/// Bytes of the log's ring buffer when no line is wanted: the least that the kernel allows, one page.
+const LOG_BYTES_MIN: u32 = 4096;
+
+/// The eBPF object, loaded: its maps exist, its programs can be loaded and attached.
+pub struct Object {
+    // Dropped in this order: programs are detached first, then the pins go.
+    ebpf: Ebpf,
+    pins: Result<Pins, String>,
+}
+
+impl Object {
+    /// Loads the embedded object and pins its maps under `/sys/fs/bpf/drowse/NAME/`, where NAME is
+    /// [`pin_name`]`(name)`. Maps that cannot be pinned are no error, see [`Object::unpinned`].
+    ///
+    /// # Errors
+    /// The object is not built in, a capability is missing, or the kernel refuses.
+    pub fn load(name: &str) -> anyhow::Result<Self> {
+        let availability = availability();
+        if let Some(reason) = availability.obstacle() {
+            bail!("{reason}");
+        }
+        let level = log_level();
+        let mut loader = EbpfLoader::new();
+        loader.override_global(abi::global::LOG_LEVEL, &level, true);
+        if level == 0 {
+            loader.map_max_entries(abi::map::LOG, LOG_BYTES_MIN);
+        }
+        let ebpf = loader.load(OBJECT).map_err(explain).context("load the eBPF object")?;
+        let pins = Pins::create(name, &ebpf).map_err(|error| format!("{error:#}"));
+        Ok(Self { ebpf, pins })
+    }
+
+    /// Why the maps are not pinned, if they are not: for one line of log. All else works without.
+    #[must_use]
+    pub fn unpinned(&self) -> Option<&str> {
+        self.pins.as_ref().err().map(String::as_str)
+    }
+
+    /// The hash map `name`.
+    pub(crate) fn hash_map<K: Pod, V: Pod>(
+        &mut self,
+        name: &str,
+    ) -> anyhow::Result<HashMap<&mut MapData, K, V>> {
+        let map = self.ebpf.map_mut(name).with_context(|| format!("find map {name} in the eBPF object"))?;
+        HashMap::try_from(map).with_context(|| format!("use map {name}"))
+    }
+
+    /// The ring buffer `name`, taken out of the object: it has one reader.
+    pub(crate) fn ring_buffer(&mut self, name: &str) -> anyhow::Result<RingBuf<MapData>> {
+        let map = self.ebpf.take_map(name).with_context(|| format!("find map {name} in the eBPF object"))?;
+        RingBuf::try_from(map).with_context(|| format!("use map {name}"))
+    }
+
+    /// The program `name`, not loaded yet.
+    pub(crate) fn program<'a, P>(&'a mut self, name: &str) -> anyhow::Result<&'a mut P>
+    where
+        &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+    {
+        let program = self.ebpf.program_mut(name);
+        let program = program.with_context(|| format!("find program {name} in the eBPF object"))?;
+        program.try_into().with_context(|| format!("use program {name}"))
+    }
+
+    /// The programs' log, taken out of the object. To be called within a tokio runtime.
+    pub(crate) fn log(&mut self) -> anyhow::Result<Log> {
+        let lines = EbpfLogger::init_with_logger(&mut self.ebpf, LogTracer::new());
+        let lines = lines.context("find the log in the eBPF object")?;
+        let readable = Readable::new(lines.as_fd()).context("watch the programs' log")?;
+        Ok(Log { lines, readable })
+    }
+}
+
+/// The programs' log lines, on their way into `tracing`.
+pub(crate) struct Log {
+    lines: EbpfLogger<LogTracer>,
+    readable: Readable,
+}
+
+impl Log {
+    /// Waits for log lines and passes them on. Cancel safe.
+    ///
+    /// # Errors
+    /// The runtime is shutting down.
+    pub(crate) async fn pass_on(&mut self) -> io::Result<()> {
+        let mut ready = self.readable.readable().await?;
+        self.lines.flush();
+        ready.clear_ready();
+        Ok(())
+    }
+}
+
+/// The level of [`abi::global::LOG_LEVEL`] that the current subscribers want. Lines above it cost nothing: the verifier
+/// removes them.
+fn log_level() -> u8 {
+    match LevelFilter::current().into_level() {
+        None => 0,
+        Some(tracing::Level::ERROR) => aya_log::Level::Error as u8,
+        Some(tracing::Level::WARN) => aya_log::Level::Warn as u8,
+        Some(tracing::Level::INFO) => aya_log::Level::Info as u8,
+        Some(tracing::Level::DEBUG) => aya_log::Level::Debug as u8,
+        Some(tracing::Level::TRACE) => aya_log::Level::Trace as u8,
+    }
+}
+
+/// Adds to an error of aya what the administrator can do about it.
+pub(crate) fn explain(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Error {
+    let refused = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source())
+        .filter_map(|error| error.downcast_ref::<io::Error>())
+        .any(|error| error.kind() == io::ErrorKind::PermissionDenied);
+    let error = anyhow::Error::new(error);
+    if refused {
+        error.context(
+            "the kernel refused although CAP_BPF and CAP_NET_ADMIN are there: a user namespace (PrivateUsers=), \
+             a SystemCallFilter= without `bpf`, a container or the kernel's lockdown may be the cause",
+        )
+    } else {
+        error
+    }
+}

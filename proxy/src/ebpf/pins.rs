@@ -1,0 +1,147 @@
+//! Pins: maps under `/sys/fs/bpf/drowse/NAME/`, for `bpftool map dump pinned`.
+//!
+//! Owns: that directory, and the lock on it. Must never: pin a program or a link (they would go on working after us),
+//! or touch the pins of a drowse that runs.
+//! Rests on: `flock(2)` on a directory, which the kernel releases with the process however it dies; on bpffs refusing
+//! names with a dot (`bpf_lookup` in `kernel/bpf/inode.c`).
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use aya::Ebpf;
+use drowse_ebpf::map;
+use rustix::fs::{FlockOperation, flock};
+
+use super::facts::{self, Answer, BPFFS};
+
+/// Longest name of a file, `NAME_MAX`.
+const NAME_BYTES_MAX: usize = 255;
+
+/// How often a directory that vanishes under our hands (a drowse of the same name that ends) is made anew.
+const LOCK_ATTEMPTS: usize = 8;
+
+/// The directory name that stands for `name` in the BPF file system: ASCII letters, digits and `_ - @ :` stay, every
+/// other byte becomes `_`, so `dice.service` is `dice_service` and no name can leave its place.
+///
+/// # Errors
+/// The name is empty or longer than 255 bytes.
+pub fn pin_name(name: &str) -> anyhow::Result<String> {
+    if name.is_empty() {
+        bail!("the name is empty");
+    }
+    if name.len() > NAME_BYTES_MAX {
+        bail!("the name is longer than {NAME_BYTES_MAX} bytes");
+    }
+    let keep = |byte: u8| byte.is_ascii_alphanumeric() || b"_-@:".contains(&byte);
+    Ok(name.bytes().map(|byte| if keep(byte) { char::from(byte) } else { '_' }).collect())
+}
+
+/// Pinned maps. Dropping it removes the pins.
+pub(super) struct Pins {
+    directory: PathBuf,
+    /// The directory, locked: while it is open, no other drowse touches the pins.
+    _lock: File,
+}
+
+impl Pins {
+    /// Pins the maps of `ebpf` that are meant to be pinned. Pins that a killed drowse of the same name left behind are
+    /// replaced.
+    ///
+    /// # Errors
+    /// There is no BPF file system, it may not be written to, or a running drowse has pins of this name.
+    pub(super) fn create(name: &str, ebpf: &Ebpf) -> anyhow::Result<Self> {
+        let bpffs = facts::availability().bpffs;
+        if bpffs.answer == Answer::No {
+            bail!("{}", bpffs.reason);
+        }
+        let directory = Path::new(BPFFS).join("drowse").join(pin_name(name)?);
+        let lock = lock(&directory)?;
+        let pins = Self { directory, _lock: lock };
+        pins.remove().context("remove the pins of a drowse that was killed")?;
+        for name in map::PINNED {
+            let map = ebpf.map(name).with_context(|| format!("find map {name} in the eBPF object"))?;
+            let path = pins.directory.join(name);
+            map.pin(&path).with_context(|| format!("pin {}", path.display()))?;
+        }
+        Ok(pins)
+    }
+
+    fn remove(&self) -> io::Result<()> {
+        for name in map::PINNED {
+            match fs::remove_file(self.directory.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        // What cannot be removed does no harm: maps without program, replaced by the next drowse of this name. The
+        // directory goes before the lock does, and only if it is empty.
+        if self.remove().is_ok() {
+            let _ = fs::remove_dir(&self.directory);
+        }
+    }
+}
+
+/// Makes `directory` and locks it.
+fn lock(directory: &Path) -> anyhow::Result<File> {
+    let shown = directory.display();
+    for _ in 0..LOCK_ATTEMPTS {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .with_context(|| format!("make {shown}"))?;
+        let file = match File::open(directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            opened => opened.with_context(|| format!("open {shown}"))?,
+        };
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                bail!("{shown} belongs to a drowse that runs: give one a --name")
+            }
+            locked => locked.with_context(|| format!("lock {shown}"))?,
+        }
+        // Between our open and our lock its former owner may have removed it.
+        let ours = file.metadata().with_context(|| format!("look at {shown}"))?;
+        if fs::metadata(directory).is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())) {
+            return Ok(file);
+        }
+    }
+    bail!("{shown} vanishes again and again")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_unit_name_is_readable_as_a_pin_name() {
+        assert_eq!(pin_name("dice.service").unwrap(), "dice_service");
+        assert_eq!(pin_name("getty@tty1.service").unwrap(), "getty@tty1_service");
+        assert_eq!(pin_name("a-b_c:1").unwrap(), "a-b_c:1");
+    }
+
+    #[test]
+    fn no_name_leaves_its_directory() {
+        for name in ["..", ".", "/", "../../etc", "a/b", "a\0b", "ä", "a\\x2db", "a\nb"] {
+            let pin_name = pin_name(name).unwrap();
+            assert!(!pin_name.contains(['/', '.', '\0', '\n', '\\']), "{name:?} -> {pin_name:?}");
+            assert_eq!(pin_name.len(), name.len());
+        }
+    }
+
+    #[test]
+    fn an_empty_or_endless_name_is_refused() {
+        assert!(pin_name("").is_err());
+        assert!(pin_name(&"x".repeat(256)).is_err());
+        assert!(pin_name(&"x".repeat(255)).is_ok());
+    }
+}
