@@ -1,15 +1,21 @@
 //! The only `unsafe` of user space: system calls that no library offers safely.
 #![expect(unsafe_code, reason = "this is the one place for it")]
 
+use std::ffi::c_int;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
+use rustix::ioctl::{Getter, Opcode, ioctl};
 use rustix::process::{Resource, Rlimit, Signal};
 use socket2::Socket;
 use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard, AsyncFdRegisterError};
+
+/// `SIOCOUTQ`, which the kernel defines as `TIOCOUTQ` (`include/uapi/linux/sockios.h`).
+#[expect(clippy::cast_possible_truncation, reason = "request numbers have 32 bits")]
+const SIOCOUTQ: Opcode = libc::TIOCOUTQ as Opcode;
 
 /// Takes ownership of a descriptor that our parent passed to us by number, and makes it close-on-exec.
 ///
@@ -88,4 +94,16 @@ impl Readable {
     pub async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
         self.0.readable().await
     }
+}
+
+/// How many bytes of `socket` were sent by us and not yet acknowledged by the peer's kernel, tcp(7).
+///
+/// # Errors
+/// `socket` is no socket, or is one that listens.
+pub fn send_queue_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    // SAFETY: SIOCOUTQ is a valid opcode and writes exactly one `int`, tcp(7).
+    let request = unsafe { Getter::<SIOCOUTQ, c_int>::new() };
+    // SAFETY: a getter touches no memory but its own output, and `socket` is open for as long as it is borrowed.
+    let bytes = unsafe { ioctl(socket, request) }?;
+    Ok(usize::try_from(bytes).unwrap_or(0))
 }
