@@ -38,6 +38,7 @@ pub enum Mode {
 enum Command {
     Open(Box<LiveFlow>),
     ResetAll,
+    BackendGone,
     CloseSilent(Duration),
     #[cfg(test)]
     Panic,
@@ -129,6 +130,12 @@ impl Plane for Forward {
     fn reset_all(&self) {
         for inbox in &self.workers {
             inbox.send(Command::ResetAll);
+        }
+    }
+
+    fn backend_gone(&self) {
+        for inbox in &self.workers {
+            inbox.send(Command::BackendGone);
         }
     }
 

@@ -94,6 +94,8 @@ pub(super) struct LiveFlow {
     last_activity: Monotonic,
     /// Whether it waits for another turn.
     pub(super) queued: bool,
+    /// Nobody is left to read what the client still sends.
+    pub(super) backend_gone: bool,
     /// Both sockets may be closed without a reset.
     clean: bool,
     /// Dropped after the sockets, so that a flow that is counted closed is closed.
@@ -110,6 +112,7 @@ impl LiveFlow {
             phase: Phase::Open,
             last_activity: clock::now(),
             queued: false,
+            backend_gone: false,
             clean: false,
             ticket,
         }
@@ -151,7 +154,7 @@ impl LiveFlow {
                 self.pump(tools);
                 self.resetting(tools, tools.now + RESET_WAIT)
             }
-            Phase::Open if self.to_backend.is_done() && self.to_client.is_done() => {
+            Phase::Open if (self.to_backend.is_done() || self.backend_gone) && self.to_client.is_done() => {
                 self.clean = true;
                 Turn::Over
             }

@@ -185,6 +185,7 @@ impl<'a> Table<'a> {
                 Ok(Command::CloseSilent(silent_for)) => {
                     self.for_each(|flow, tools| flow.close_silent(silent_for, tools));
                 }
+                Ok(Command::BackendGone) => self.for_each(|flow, _| flow.backend_gone = true),
                 #[cfg(test)]
                 Ok(Command::Panic) => panic!("asked for by a test"),
                 Err(TryRecvError::Empty) => return true,
