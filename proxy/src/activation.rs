@@ -25,7 +25,7 @@ pub trait Driver: Send {
     /// The backend can never be started (no such unit, masked, no such program), or nobody can be asked.
     fn state(&mut self) -> DriverFuture<Result<BackendState, Failure>>;
 
-    /// Starts the backend. Ends when the start job is done (systemd: the job's result; exec: the child runs),
+    /// Starts the backend; one that runs already is left as it is. Ends when the start job is done (systemd: the job's result; exec: the child runs),
     /// which does not mean that the backend accepts connections. The future may be dropped: a `stop` follows.
     ///
     /// # Errors

@@ -267,7 +267,8 @@ impl Lifecycle {
             | State::Stopping(Stopping::Ours | Stopping::Abandoned(_)) => None,
         };
         let exit = self.exit_at(totals);
-        [own, exit, self.draining].into_iter().flatten().min().filter(|at| *at != Monotonic::MAX)
+        let drain = self.draining.filter(|_| !self.is_stopping_our_own());
+        [own, exit, drain].into_iter().flatten().min().filter(|at| *at != Monotonic::MAX)
     }
 
     /// Takes one event and says what is to be done, in this order.
@@ -277,7 +278,7 @@ impl Lifecycle {
         match self.state.clone() {
             State::Asleep => self.asleep(event, &mut todo, now),
             State::Waking { deadline, started_by_us } => {
-                self.waking(event, deadline, started_by_us, &mut todo, now);
+                self.waking(event, deadline, started_by_us, totals, &mut todo, now);
             }
             State::Awake => self.awake(event, &mut todo, now),
             State::Settling(step) => self.settling(event, step, totals, &mut todo, now),
@@ -340,6 +341,7 @@ impl Lifecycle {
         event: Event,
         deadline: Monotonic,
         started_by_us: bool,
+        totals: &Totals,
         todo: &mut Vec<Command>,
         now: Monotonic,
     ) {
@@ -364,7 +366,7 @@ impl Lifecycle {
                     None => self.gone(todo, now),
                 }
             }
-            Event::Tick if now >= deadline => self.give_up(todo, now),
+            Event::Tick if now >= deadline => self.give_up(totals, todo, now),
             Event::Tick
             | Event::Started(Ok(()))
             | Event::BackendDown(_)
@@ -451,7 +453,7 @@ impl Lifecycle {
             (Stopping::Ours, Event::Stopped(Ok(()))) => self.gone(todo, now),
             (Stopping::Ours, Event::Stopped(Err(failure))) => {
                 todo.push(Command::Report(failure));
-                if self.draining.is_some() {
+                if self.draining.is_some() && self.held == 0 {
                     self.enter(State::Asleep, now);
                 } else {
                     // It may still run: serve, and try again after the idle time.
@@ -539,13 +541,15 @@ impl Lifecycle {
         self.back_off(failure, now);
     }
 
-    /// A start took too long. A backend that is ours to stop is stopped, so that its state is known.
-    fn give_up(&mut self, todo: &mut Vec<Command>, now: Monotonic) {
+    /// Nobody could connect for too long. A backend that is ours to stop, and that nobody uses, is stopped, so that
+    /// the next start is a fresh one.
+    fn give_up(&mut self, totals: &Totals, todo: &mut Vec<Command>, now: Monotonic) {
         let waited = humantime::format_duration(self.rules.start_timeout);
         let message = format!("the backend did not accept a connection within {waited}");
         let failure = Failure::new("start-timeout", message);
         todo.push(Command::StopProbing);
-        if self.rules.ownership == Ownership::Foreign || self.rules.idle_action == IdleAction::None {
+        let is_ours = self.rules.ownership != Ownership::Foreign && self.rules.idle_action == IdleAction::Stop;
+        if !is_ours || totals.flows_open > 0 {
             return self.fail(failure, todo, now);
         }
         todo.push(Command::Report(failure.clone()));
@@ -561,6 +565,9 @@ impl Lifecycle {
     }
 
     fn back_off(&mut self, failure: Failure, now: Monotonic) {
+        if self.is_awake() && now.saturating_sub(self.since) >= BACKOFF_MAX {
+            self.failures = 0;
+        }
         let doubled = BACKOFF_MIN.saturating_mul(1 << self.failures.min(16));
         self.failures += 1;
         self.enter(State::Failed { until: now + doubled.min(BACKOFF_MAX), failure }, now);
@@ -568,11 +575,8 @@ impl Lifecycle {
 
     /// The one place where the state changes for users.
     fn enter(&mut self, state: State, now: Monotonic) {
-        if self.is_awake() && !matches!(state, State::Awake | State::Settling(_)) {
-            let awake_for = now.saturating_sub(self.since);
-            if awake_for >= BACKOFF_MAX || matches!(state, State::Asleep | State::Stopping(_)) {
-                self.failures = 0;
-            }
+        if self.is_awake() && matches!(state, State::Asleep | State::Stopping(_)) {
+            self.failures = 0;
         }
         if state == State::Awake {
             self.quiet_from = now;
@@ -599,9 +603,14 @@ impl Lifecycle {
         nothing_to_do.then(|| since.saturating_add(self.rules.exit_idle_time))
     }
 
+    /// A backend of our own must be gone before we are.
+    fn is_stopping_our_own(&self) -> bool {
+        self.rules.ownership == Ownership::Own && matches!(self.state, State::Stopping(_))
+    }
+
     /// Exits when asked to or when there is nothing left to do; a backend of our own is stopped first.
     fn leave(&mut self, totals: &Totals, todo: &mut Vec<Command>, now: Monotonic) {
-        if self.rules.ownership == Ownership::Own && matches!(self.state, State::Stopping(_)) {
+        if self.is_stopping_our_own() {
             return;
         }
         let Some(deadline) = self.draining else {

@@ -80,6 +80,9 @@ impl ExecDriver {
 
     fn spawn(&mut self) -> Result<(), Failure> {
         while self.tasks.try_join_next().is_some() {}
+        if self.running.as_ref().is_some_and(|running| !*running.gone.borrow()) {
+            return Ok(());
+        }
         let Some((program, arguments)) = self.command.split_first() else {
             return Err(Failure::new("not-found", "the command is empty"));
         };
