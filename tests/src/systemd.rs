@@ -6,9 +6,10 @@
 //! Must never: touch the host's units, its `/usr`, its network, or a cgroup that it did not make.
 //!
 //! Facts it rests on: systemd in a container sends `READY=1` to `$NOTIFY_SOCKET` when its boot is finished
-//! (systemd.io/CONTAINER_INTERFACE); `cgroup.kill` (Linux 5.14) ends a whole tree; `/proc/PID/root` shows the files of
+//! (<https://systemd.io/CONTAINER_INTERFACE>); `cgroup.kill` (Linux 5.14) ends a whole tree; `/proc/PID/root` shows the files of
 //! another mount namespace; a thread may enter a network namespace by itself (setns(2)).
 
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
@@ -36,7 +37,7 @@ const ENTER: &str = r#"echo 0 >"$0/init.scope/cgroup.procs" && pid=$1 && shift &
     exec nsenter -t "$pid" -m -u -i -n -p -C timeout -k 1 "$@""#;
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// A boot takes 0.4 s. This is for a machine that is busy with other tests.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+const BOOT_TIMEOUT: Duration = Duration::from_mins(1);
 /// No command of a test takes longer; one that does fails the test.
 const COMMAND_TIMEOUT: &str = "30";
 const END_TIMEOUT: Duration = Duration::from_secs(10);
@@ -117,7 +118,7 @@ impl Systemd {
             .wait_ready(&notify)
             .and_then(|()| systemd.find_init())
             .with_context(|| format!("boot systemd; its console says:\n{}", systemd.console()))?;
-        systemd.boot_time = clock::now() - began;
+        systemd.boot_time = clock::now().saturating_sub(began);
         Ok(systemd)
     }
 
@@ -166,12 +167,21 @@ impl Systemd {
             .args([&self.pid.to_string(), COMMAND_TIMEOUT])
             .args(&words)
             .env_clear()
-            .envs([("PATH", SEARCH_PATH), ("SYSTEMD_COLORS", "0"), ("SYSTEMD_PAGER", ""), ("LC_ALL", "C.UTF-8")])
+            .envs([
+                ("PATH", SEARCH_PATH),
+                ("SYSTEMD_COLORS", "0"),
+                ("SYSTEMD_PAGER", ""),
+                ("LC_ALL", "C.UTF-8"),
+            ])
             .current_dir("/")
             .stdin(Stdio::null())
             .output()
             .context("start nsenter (package util-linux)")?;
-        ensure!(output.status.code() != Some(124), "took longer than {COMMAND_TIMEOUT} s: {}", words.join(" "));
+        ensure!(
+            output.status.code() != Some(124),
+            "took longer than {COMMAND_TIMEOUT} s: {}",
+            words.join(" ")
+        );
         Ok(output)
     }
 
@@ -209,7 +219,13 @@ impl Systemd {
     ///
     /// # Errors
     /// It is not within `within`; the message says what it is.
-    pub fn wait_until_property(&self, unit: &str, property: &str, value: &str, within: Duration) -> Result<()> {
+    pub fn wait_until_property(
+        &self,
+        unit: &str,
+        property: &str,
+        value: &str,
+        within: Duration,
+    ) -> Result<()> {
         self.wait_until(unit, property, within, |now| now == value)
             .with_context(|| format!("wait until {property} of {unit} is {value}"))
     }
@@ -424,10 +440,11 @@ fn remove_cgroup_tree(cgroup: &Path) -> Result<()> {
 /// Where cgroup2 is mounted: `/sys/fs/cgroup`, or below it on a machine that still has version 1.
 fn cgroup2_root() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("read the mounts")?;
-    let cgroup2 = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>()).find_map(|fields| match *fields {
-        [_, directory, "cgroup2", ..] => Some(PathBuf::from(directory)),
-        _ => None,
-    });
+    let cgroup2 =
+        mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>()).find_map(|fields| match *fields {
+            [_, directory, "cgroup2", ..] => Some(PathBuf::from(directory)),
+            _ => None,
+        });
     cgroup2.ok_or_else(|| anyhow!("no cgroup2 is mounted: mount one, or use a newer container runtime"))
 }
 
@@ -436,9 +453,10 @@ fn spawn(options: &Options, place: &Place) -> Result<Child> {
     let mut binds = String::new();
     for (from, to) in &options.binds {
         let from = from.canonicalize().with_context(|| format!("find {}", from.display()))?;
-        binds.push_str(&format!("{}\t{}\n", from.display(), to.display()));
+        writeln!(binds, "{}\t{}", from.display(), to.display())?;
     }
-    let console = File::options().append(true).open(place.directory.join("console")).context("open the console")?;
+    let console =
+        File::options().append(true).open(place.directory.join("console")).context("open the console")?;
     let name = place.directory.file_name().unwrap_or_default();
     Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "--", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--uts"])
