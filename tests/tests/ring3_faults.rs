@@ -83,8 +83,8 @@ fn a_killed_backend_ends_its_flows_and_wakes_again() -> Result<()> {
         let mut flow = installation.connect()?;
         flow.write_all(b"never read").context("send")?;
         eventually("bytes that the backend does not read", SOON, || {
-            let sockets = systemd.call(["ss", "-Htn", "sport = :8081"])?;
-            Ok(sockets.split_whitespace().nth(1).is_some_and(|queued| queued != "0").then_some(()))
+            let sockets = systemd.call(["ss", "-Htn", "state", "established", "sport = :8081"])?;
+            Ok(sockets.split_whitespace().next().is_some_and(|queued| queued != "0").then_some(()))
         })?;
         systemd.systemctl(["kill", "--signal=KILL", "echo.service"])?;
         ensure!(was_reset(&flow)?, "a reset was turned into a clean end");
