@@ -3,7 +3,8 @@
 use std::net::{Ipv4Addr, TcpStream};
 
 use anyhow::{Context, Result, ensure};
-use drowse_tests::service::{SOON, ask, with_deadline, with_drowse};
+use drowse_tests::deadline::eventually;
+use drowse_tests::service::{SOON, ask, http_get, with_deadline, with_drowse};
 use drowse_tests::workspace;
 
 const ECHO: &str = env!("CARGO_BIN_EXE_echo-backend");
@@ -37,6 +38,38 @@ fn systemd_understands_every_line() -> Result<()> {
     })
 }
 
+/// What the README compares with must itself work.
+#[test]
+fn the_old_recipe_works_as_well_as_it_can() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        let recipe = workspace().join("units/examples/old-recipe");
+        for unit in [
+            "dice.service",
+            "dice-proxy.service",
+            "dice-proxy.socket",
+            "dice-idle.service",
+            "dice-idle.timer",
+        ] {
+            systemd.install(recipe.join(unit), &format!("/etc/systemd/system/{unit}"))?;
+        }
+        systemd.install(recipe.join("dice-idle.sh"), "/usr/local/bin/dice-idle.sh")?;
+        systemd.install(workspace().join("units/examples/dice/dice.py"), "/usr/local/bin/dice.py")?;
+        systemd.systemctl(["daemon-reload"])?;
+        systemd.systemctl(["start", "dice-proxy.socket", "dice-idle.timer"])?;
+        for _ in 0..2 {
+            let stream = systemd.in_netns(|| TcpStream::connect((Ipv4Addr::LOCALHOST, 8080)))??;
+            with_deadline(&stream)?;
+            ensure!(http_get(stream)?.starts_with("{\"dice\": "));
+            eventually("the stop by the checker", SOON, || {
+                systemd.systemctl(["start", "dice-idle.service"])?;
+                Ok((systemd.property("dice.service", "ActiveState")? == "inactive").then_some(()))
+            })?;
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn a_users_own_service_wakes_and_sleeps() -> Result<()> {
     with_drowse(ECHO, |installation| {
@@ -65,7 +98,7 @@ fn a_users_own_service_wakes_and_sleeps() -> Result<()> {
             with_deadline(&stream)?;
             ask(stream)?;
             ensure!(systemctl(&["is-active", "echo.service"])?.trim() == "active");
-            drowse_tests::deadline::eventually("the sleep of a user's service", SOON, || {
+            eventually("the sleep of a user's service", SOON, || {
                 let state = systemctl(&["show", "--value", "--property=ActiveState", "echo.service"])?;
                 Ok((state.trim() == "inactive").then_some(()))
             })
