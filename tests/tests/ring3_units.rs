@@ -1,0 +1,109 @@
+//! The shipped units as such: how tight the sandbox is, and the user manager's variant.
+
+use std::net::{Ipv4Addr, TcpStream};
+
+use anyhow::{Context, Result, ensure};
+use drowse_tests::deadline::eventually;
+use drowse_tests::service::{SOON, ask, http_get, with_deadline, with_drowse};
+use drowse_tests::workspace;
+
+const ECHO: &str = env!("CARGO_BIN_EXE_echo-backend");
+
+/// `systemd-analyze security` gives 0.0 (nothing exposed) to 10.0, and compares with ten times the figure.
+#[test]
+fn the_sandbox_stays_tight() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        installation.echo("", "")?;
+        let analyze = ["systemd-analyze", "--no-pager", "security", "--threshold=20", "drowse@echo.service"];
+        let output = installation.systemd.run(analyze)?;
+        let report = String::from_utf8_lossy(&output.stdout);
+        let figure = report.lines().last().unwrap_or_default();
+        println!("{figure}");
+        ensure!(output.status.success() && figure.contains("Overall exposure level"), "{report}");
+        Ok(())
+    })
+}
+
+/// A misspelt or unknown setting is ignored by systemd with a line in the journal.
+#[test]
+fn systemd_understands_every_line() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        installation.example("dice-unix", "")?;
+        let systemd = &installation.systemd;
+        let files = ["dice.service", "drowse@dice.service", "drowse@dice.socket"];
+        let output = systemd.run(["systemd-analyze", "verify", "--man=no"].into_iter().chain(files))?;
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success() && complaint.trim().is_empty(), "{complaint}");
+        Ok(())
+    })
+}
+
+/// What the README compares with must itself work.
+#[test]
+fn the_old_recipe_works_as_well_as_it_can() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        let recipe = workspace().join("units/examples/old-recipe");
+        for unit in [
+            "dice.service",
+            "dice-proxy.service",
+            "dice-proxy.socket",
+            "dice-idle.service",
+            "dice-idle.timer",
+        ] {
+            systemd.install(recipe.join(unit), &format!("/etc/systemd/system/{unit}"))?;
+        }
+        systemd.install(recipe.join("dice-idle.sh"), "/usr/local/bin/dice-idle.sh")?;
+        systemd.install(workspace().join("units/examples/dice/dice.py"), "/usr/local/bin/dice.py")?;
+        systemd.systemctl(["daemon-reload"])?;
+        systemd.systemctl(["start", "dice-proxy.socket", "dice-idle.timer"])?;
+        for _ in 0..2 {
+            let stream = systemd.in_netns(|| TcpStream::connect((Ipv4Addr::LOCALHOST, 8080)))??;
+            with_deadline(&stream)?;
+            ensure!(http_get(stream)?.starts_with("{\"dice\": "));
+            eventually("the stop by the checker", SOON, || {
+                systemd.systemctl(["start", "dice-idle.service"])?;
+                Ok((systemd.property("dice.service", "ActiveState")? == "inactive").then_some(()))
+            })?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_users_own_service_wakes_and_sleeps() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        for unit in ["drowse@.socket", "drowse@.service"] {
+            systemd.install(
+                workspace().join("units/user").join(unit),
+                &format!("/usr/lib/systemd/user/{unit}"),
+            )?;
+        }
+        let home = "/root/.config";
+        let unit = "[Service]\nType=notify\nExecStart=/usr/bin/echo-backend 127.0.0.1:8081 --notify\n";
+        systemd.write(&format!("{home}/systemd/user/echo.service"), unit)?;
+        let listen = "[Socket]\nListenStream=127.0.0.1:8080\n";
+        systemd.write(&format!("{home}/systemd/user/drowse@echo.socket.d/listen.conf"), listen)?;
+        let conf = "DROWSE_BACKEND=127.0.0.1:8081\nDROWSE_IDLE_TIME=1s\n";
+        systemd.write(&format!("{home}/drowse/echo.conf"), conf)?;
+        systemd.systemctl(["start", "user@0.service"])?;
+
+        // systemctl finds the user's manager through this directory, as in a login session.
+        let user = ["env", "XDG_RUNTIME_DIR=/run/user/0", "systemctl", "--user"];
+        let systemctl = |words: &[&'static str]| systemd.call(user.into_iter().chain(words.iter().copied()));
+        systemctl(&["start", "drowse@echo.socket"])?;
+        for _ in 0..2 {
+            let stream = systemd.in_netns(|| TcpStream::connect((Ipv4Addr::LOCALHOST, 8080)))??;
+            with_deadline(&stream)?;
+            ask(stream)?;
+            ensure!(systemctl(&["is-active", "echo.service"])?.trim() == "active");
+            eventually("the sleep of a user's service", SOON, || {
+                let state = systemctl(&["show", "--value", "--property=ActiveState", "echo.service"])?;
+                Ok((state.trim() == "inactive").then_some(()))
+            })
+            .context("the user's drowse puts the backend to sleep")?;
+        }
+        Ok(())
+    })
+}
