@@ -33,7 +33,11 @@ impl FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         if let Some(name) = text.strip_prefix('@') {
-            return if name.is_empty() { Err("'@' needs a name".into()) } else { Ok(Self::Abstract(name.into())) };
+            return if name.is_empty() {
+                Err("'@' needs a name".into())
+            } else {
+                Ok(Self::Abstract(name.into()))
+            };
         }
         if text.starts_with('/') {
             return Ok(Self::Unix(text.into()));
@@ -91,7 +95,9 @@ impl Address {
             }
             Self::Tcp { host, port } => match host.parse::<IpAddr>() {
                 Ok(ip) => Ok(vec![SocketAddr::from((ip, *port)).into()]),
-                Err(_) => Ok(tokio::net::lookup_host((host.as_str(), *port)).await?.map(Into::into).collect()),
+                Err(_) => {
+                    Ok(tokio::net::lookup_host((host.as_str(), *port)).await?.map(Into::into).collect())
+                }
             },
             Self::Unix(path) => Ok(vec![SockAddr::unix(path)?]),
             Self::Abstract(name) => Ok(vec![abstract_address(name)?]),

@@ -202,7 +202,11 @@ impl RunArgs {
             let program = std::path::Path::new(self.command.first()?).file_name()?;
             Some(program.to_string_lossy().into_owned())
         };
-        self.name.clone().or_else(|| self.unit.clone()).or_else(command).unwrap_or_else(|| self.backend.to_string())
+        self.name
+            .clone()
+            .or_else(|| self.unit.clone())
+            .or_else(command)
+            .unwrap_or_else(|| self.backend.to_string())
     }
 
     /// What the lifecycle must know.
@@ -237,7 +241,10 @@ impl RunArgs {
             return Err("--ready-probe notify needs --unit or a COMMAND that says READY=1".to_owned());
         }
         if self.unit.as_ref().is_some_and(|unit| !unit.contains('.')) {
-            return Err(format!("--unit needs the unit's full name: {}.service", self.unit.as_deref().unwrap_or("")));
+            return Err(format!(
+                "--unit needs the unit's full name: {}.service",
+                self.unit.as_deref().unwrap_or("")
+            ));
         }
         Ok(())
     }
@@ -268,14 +275,17 @@ fn duration(text: &str) -> Result<Duration, String> {
     if let Ok(seconds) = text.parse::<f64>() {
         return Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string());
     }
-    humantime::parse_duration(text).map_err(|error| format!("{error}; write it as 90s, 15min, 2h 30s or infinity"))
+    humantime::parse_duration(text)
+        .map_err(|error| format!("{error}; write it as 90s, 15min, 2h 30s or infinity"))
 }
 
 fn ready_probe(text: &str) -> Result<ReadyProbe, String> {
     match (text, text.strip_prefix("http:")) {
         ("auto" | "connect", _) => Ok(ReadyProbe::Connect),
         ("notify", _) => Ok(ReadyProbe::Notify),
-        (_, Some(path)) if path.starts_with('/') && !path.contains(|c: char| c.is_whitespace() || c.is_control()) => {
+        (_, Some(path))
+            if path.starts_with('/') && !path.contains(|c: char| c.is_whitespace() || c.is_control()) =>
+        {
             Ok(ReadyProbe::Http(path.to_owned()))
         }
         (_, Some(path)) => Err(format!("'{path}' is no path: it starts with '/' and has no blanks")),
@@ -301,7 +311,9 @@ mod tests {
 
     #[test]
     fn durations_are_read_as_systemd_writes_them() {
-        for (text, seconds) in [("15min", 900.0), ("2h 30s", 7230.0), ("90", 90.0), ("0.5", 0.5), ("50ms", 0.05)] {
+        for (text, seconds) in
+            [("15min", 900.0), ("2h 30s", 7230.0), ("90", 90.0), ("0.5", 0.5), ("50ms", 0.05)]
+        {
             assert!((duration(text).unwrap().as_secs_f64() - seconds).abs() < 1e-9, "{text}");
         }
         assert_eq!(duration("infinity"), Ok(Duration::MAX));

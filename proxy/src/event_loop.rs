@@ -122,7 +122,8 @@ impl EventLoop {
             PlaneChoice::Auto | PlaneChoice::Splice => Mode::Splice,
             PlaneChoice::Copy => Mode::Copy,
         };
-        let plane = Forward::new(mode, workers, Arc::clone(&accounting)).context("start the forwarding workers")?;
+        let plane =
+            Forward::new(mode, workers, Arc::clone(&accounting)).context("start the forwarding workers")?;
         let name = driver.as_ref().map_or_else(|| run.backend.to_string(), |driver| driver.name().to_owned());
         let watchdog = notify::watchdog_period().map(|period| {
             let mut interval = tokio::time::interval(period);
@@ -363,7 +364,8 @@ impl EventLoop {
         if let Err(failure) = checked {
             return vec![Event::Started(Err(failure))];
         }
-        self.start = self.driver.as_mut().map(|driver| -> Pin<Box<dyn Future<Output = _>>> { driver.start() });
+        self.start =
+            self.driver.as_mut().map(|driver| -> Pin<Box<dyn Future<Output = _>>> { driver.start() });
         self.begin_probe();
         vec![]
     }
@@ -386,9 +388,8 @@ impl EventLoop {
             return;
         }
         let (run, hints) = (Arc::clone(&self.run), Arc::clone(&self.hints));
-        self.probe = Some(Box::pin(async move {
-            readiness::wait(&run.backend, &run.ready_probe, &hints).await
-        }));
+        self.probe =
+            Some(Box::pin(async move { readiness::wait(&run.backend, &run.ready_probe, &hints).await }));
     }
 
     /// Begins to load the listen hook beside the first start, so that it never delays a client.
@@ -434,15 +435,20 @@ impl EventLoop {
         if std::mem::discriminant(before) == std::mem::discriminant(after) {
             return;
         }
-        let (name, held, lasted) = (&self.name, self.lifecycle.held(), format!("{:.3} s", lasted.as_secs_f64()));
+        let (name, held, lasted) =
+            (&self.name, self.lifecycle.held(), format!("{:.3} s", lasted.as_secs_f64()));
         match (before, after) {
             (State::Settling(_), State::Awake) => debug!("{name} is in use after all"),
             (_, State::Settling(_)) => debug!("{name} is idle: looking once more"),
-            (State::Waking { .. }, State::Awake) => info!("{name} is awake after {lasted}; clients held: {held}"),
+            (State::Waking { .. }, State::Awake) => {
+                info!("{name} is awake after {lasted}; clients held: {held}")
+            }
             (_, State::Awake) => info!("{name} is awake"),
             (_, State::Waking { started_by_us: true, .. }) => info!("waking {name}"),
             (_, State::Waking { .. }) => info!("{name} accepts no connection: waiting for it"),
-            (State::Settling(_) | State::Awake, State::Stopping(_)) => info!("stopping {name}: it was awake for {lasted}"),
+            (State::Settling(_) | State::Awake, State::Stopping(_)) => {
+                info!("stopping {name}: it was awake for {lasted}")
+            }
             (_, State::Stopping(_)) => info!("stopping {name}"),
             (State::Stopping(_), State::Asleep) => info!("{name} is asleep; stopping took {lasted}"),
             (_, State::Asleep) => info!("{name} is asleep"),
@@ -456,9 +462,9 @@ impl EventLoop {
     fn tell_status(&mut self) {
         let now = clock::now();
         let state = self.lifecycle.state();
-        self.status_due = self.notifier.status(state, now, || {
-            status_line(&self.lifecycle, &self.name, &self.accounting.totals(), now)
-        });
+        self.status_due = self
+            .notifier
+            .status(state, now, || status_line(&self.lifecycle, &self.name, &self.accounting.totals(), now));
     }
 
     /// Takes in whoever completed a handshake with a listener of ours, then closes up. Those who wait at a listener
@@ -494,7 +500,9 @@ impl Hook {
         match self {
             Self::Unused => std::future::pending().await,
             Self::Loading(loading) => Woken::HookLoaded(
-                loading.await.unwrap_or_else(|error| Err(anyhow::Error::new(error).context("load the listen hook"))),
+                loading
+                    .await
+                    .unwrap_or_else(|error| Err(anyhow::Error::new(error).context("load the listen hook"))),
             ),
             Self::Attached(hook) => {
                 hook.listened().await;

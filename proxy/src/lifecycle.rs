@@ -203,7 +203,17 @@ impl Lifecycle {
             (_, BackendState::GoingDown) => State::Stopping(Stopping::Foreign(now + rules.stop_timeout)),
             (_, BackendState::Down) => State::Asleep,
         };
-        Self { rules, state, since: now, held: 0, starting: false, quiet_from: now, failures: 0, draining: None, leaving: false }
+        Self {
+            rules,
+            state,
+            since: now,
+            held: 0,
+            starting: false,
+            quiet_from: now,
+            failures: 0,
+            draining: None,
+            leaving: false,
+        }
     }
 
     /// The state, as users see it.
@@ -421,7 +431,10 @@ impl Lifecycle {
     ) {
         match event {
             // Somebody uses it after all: back to awake, and nobody noticed.
-            Event::ClientAccepted | Event::ClientRefused | Event::BackendDown(_) | Event::BackendGoingDown => {
+            Event::ClientAccepted
+            | Event::ClientRefused
+            | Event::BackendDown(_)
+            | Event::BackendGoingDown => {
                 self.enter(State::Awake, now);
                 self.awake(event, todo, now);
             }
@@ -548,7 +561,8 @@ impl Lifecycle {
         let message = format!("the backend did not accept a connection within {waited}");
         let failure = Failure::new("start-timeout", message);
         todo.push(Command::StopProbing);
-        let is_ours = self.rules.ownership != Ownership::Foreign && self.rules.idle_action == IdleAction::Stop;
+        let is_ours =
+            self.rules.ownership != Ownership::Foreign && self.rules.idle_action == IdleAction::Stop;
         if !is_ours || totals.flows_open > 0 {
             return self.fail(failure, todo, now);
         }

@@ -3,10 +3,10 @@
 //! Owns: the listening sockets. Must never: accept a client that there is no room for; it waits in the backlog.
 //! systemd passes listeners as descriptors 3 and up, see `sd_listen_fds(3)`.
 
+use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -66,7 +66,9 @@ impl Listeners {
         let listeners = match (passed.is_empty(), addresses.is_empty()) {
             (true, true) => bail!("no listener: give --listen ADDR, or start drowse from a .socket unit"),
             (false, false) => {
-                bail!("listeners came from systemd (LISTEN_FDS) and --listen is given too: drop one of the two")
+                bail!(
+                    "listeners came from systemd (LISTEN_FDS) and --listen is given too: drop one of the two"
+                )
             }
             (false, true) => {
                 passed.into_iter().map(|(fd, name)| Listener::adopt(fd, name)).collect::<Result<_, _>>()?
@@ -143,7 +145,10 @@ impl Listener {
     fn adopt(fd: OwnedFd, name: String) -> anyhow::Result<Self> {
         let listens = sockopt::socket_acceptconn(&fd).unwrap_or(false);
         if !listens || sockopt::socket_type(&fd).ok() != Some(SocketType::STREAM) {
-            bail!("descriptor {} ({name}) is no listening stream socket: the .socket unit needs ListenStream= and Accept=no", fd.as_raw_fd());
+            bail!(
+                "descriptor {} ({name}) is no listening stream socket: the .socket unit needs ListenStream= and Accept=no",
+                fd.as_raw_fd()
+            );
         }
         let socket = Socket::from(fd);
         let local = socket.local_addr().context("read the address of a listener")?;
@@ -176,7 +181,12 @@ impl Listener {
 
     fn new(socket: Socket, name: String, passed: bool, made: Option<PathBuf>) -> anyhow::Result<Self> {
         socket.set_nonblocking(true).context("set a listener to non-blocking")?;
-        Ok(Self { socket: sys::watch(socket, Interest::READABLE).context("watch a listener")?, name, passed, made })
+        Ok(Self {
+            socket: sys::watch(socket, Interest::READABLE).context("watch a listener")?,
+            name,
+            passed,
+            made,
+        })
     }
 
     /// A TCP listener drops all packets, so that a client retries as after any loss; the file of a unix listener is
@@ -235,7 +245,10 @@ fn remove_stale(path: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::FileTypeExt;
     let Ok(found) = std::fs::symlink_metadata(path) else { return Ok(()) };
     if !found.file_type().is_socket() {
-        bail!("cannot listen on {}: the path exists and is no socket; remove it or choose another", path.display());
+        bail!(
+            "cannot listen on {}: the path exists and is no socket; remove it or choose another",
+            path.display()
+        );
     }
     match std::os::unix::net::UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {

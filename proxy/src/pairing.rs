@@ -206,7 +206,8 @@ fn introduce(backend: Socket, client: &Socket, header: Option<ProxyProtocol>) ->
         ProxyProtocol::V2 => {
             let addresses = ends.map_or(v2::Addresses::Unspecified, |(from, to)| (from, to).into());
             let command = if ends.is_some() { v2::Command::Proxy } else { v2::Command::Local };
-            v2::Builder::with_addresses(v2::Version::Two | command, v2::Protocol::Stream, addresses).build()?
+            v2::Builder::with_addresses(v2::Version::Two | command, v2::Protocol::Stream, addresses)
+                .build()?
         }
     };
     match send(&backend, &header, SendFlags::NOSIGNAL)? {

@@ -111,7 +111,8 @@ async fn http_get(socket: Socket, backend: &Address, path: &str) -> io::Result<(
         Address::Tcp { .. } => backend.to_string(),
         Address::Unix(_) | Address::Abstract(_) => "localhost".to_owned(),
     };
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: drowse\r\nConnection: close\r\n\r\n");
+    let request =
+        format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: drowse\r\nConnection: close\r\n\r\n");
     if socket.local_addr()?.is_unix() {
         exchange(UnixStream::from_std(socket.into())?, &request).await
     } else {
@@ -131,7 +132,11 @@ async fn exchange<S: AsyncReadExt + AsyncWriteExt + Unpin>(mut stream: S, reques
         let parsed = response.parse(&head);
         if let Some(code) = response.code {
             let ready = (200..400).contains(&code);
-            return if ready { Ok(()) } else { Err(io::Error::other(format!("the HTTP probe got status {code}"))) };
+            return if ready {
+                Ok(())
+            } else {
+                Err(io::Error::other(format!("the HTTP probe got status {code}")))
+            };
         }
         if let Err(error) = parsed {
             return Err(io::Error::other(format!("the HTTP probe got no HTTP: {error}")));

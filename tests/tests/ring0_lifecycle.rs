@@ -229,7 +229,10 @@ impl World {
             let under_way = self.lifecycle.is_awake() || self.stopping;
             assert!(deadline.is_some() || under_way, "a client may hang for ever");
         }
-        assert!(!matches!(state, State::Waking { .. }) || self.probing, "waking and nobody looks for readiness");
+        assert!(
+            !matches!(state, State::Waking { .. }) || self.probing,
+            "waking and nobody looks for readiness"
+        );
     }
 
     /// After a deadline has been served there is progress, not another one at the same moment.
@@ -414,7 +417,9 @@ fn a_start_that_takes_too_long_is_stopped_and_its_clients_turned_away() {
     assert_eq!(world.turned_away, 1);
     assert!(world.stopping && !world.probing);
     world.take(Step::StopWorks);
-    assert!(matches!(world.lifecycle.state(), State::Failed { failure, .. } if failure.result == "start-timeout"));
+    assert!(
+        matches!(world.lifecycle.state(), State::Failed { failure, .. } if failure.result == "start-timeout")
+    );
 }
 
 #[test]

@@ -165,9 +165,10 @@ impl Driver for ExecDriver {
             signal(group, Signal::KILL);
             match tokio::time::timeout(KILL_TIME, gone.wait_for(|gone| *gone)).await {
                 Ok(_) => Ok(()),
-                Err(_elapsed) => {
-                    Err(Failure::new("stop-timeout", format!("{name} (process group {group:?}) cannot be killed")))
-                }
+                Err(_elapsed) => Err(Failure::new(
+                    "stop-timeout",
+                    format!("{name} (process group {group:?}) cannot be killed"),
+                )),
             }
         })
     }

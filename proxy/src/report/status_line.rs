@@ -97,7 +97,8 @@ mod tests {
     fn each_state_is_told_in_plain_words() {
         let (mut totals, second) = (Totals::default(), Duration::from_secs);
         let mut lifecycle = Lifecycle::new(rules(), BackendState::Down, second(0));
-        let line = |lifecycle: &Lifecycle, totals: &Totals, now| status_line(lifecycle, "dice.service", totals, now);
+        let line =
+            |lifecycle: &Lifecycle, totals: &Totals, now| status_line(lifecycle, "dice.service", totals, now);
         assert_eq!(line(&lifecycle, &totals, second(5)), "asleep: the next connection wakes dice.service");
         lifecycle.step(Event::ClientAccepted, &totals, second(10));
         let half = Duration::from_millis(10_400);
