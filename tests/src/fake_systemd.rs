@@ -45,9 +45,8 @@ impl PrivateBus {
         let dir = TempDir::new().context("make directory for bus")?;
         let config = format!(
             "<busconfig><type>custom</type><listen>{}</listen><auth>EXTERNAL</auth><policy context=\"default\">\
-             <allow user=\"*\"/><allow own=\"*\"/><allow send_type=\"method_call\"/><allow send_type=\"signal\"/>\
-             <allow send_requested_reply=\"true\" send_type=\"method_return\"/>\
-             <allow send_requested_reply=\"true\" send_type=\"error\"/></policy></busconfig>",
+             <allow user=\"*\"/><allow own=\"*\"/><allow send_destination=\"*\" eavesdrop=\"true\"/>\
+             <allow eavesdrop=\"true\"/></policy></busconfig>",
             address_in(&dir)
         );
         std::fs::write(dir.path().join("bus.conf"), config).context("write bus configuration")?;
@@ -413,7 +412,8 @@ impl Service {
                 order = self.orders.recv() => if order.is_none() { return Ok(None) },
                 _ = tick.tick() => {}
             }
-            if let Ok(conn) = connection::Builder::address(self.address.as_str()).build().await {
+            let connect = connection::Builder::address(self.address.as_str()).build();
+            if let Ok(Ok(conn)) = tokio::time::timeout(DEADLINE, connect).await {
                 return Ok(Some(conn));
             }
         }
@@ -600,6 +600,7 @@ fn property_of(state: &State, path: &str, interface: &str, property: &str) -> Op
     let text = |text: &'static str| Some(OwnedVariant::from(Str::from(text)));
     match (interface, property) {
         (UNIT, "ActiveState") => text(unit.active),
+        (UNIT, "ConditionTimestampMonotonic") => Some(OwnedVariant::from(1_u64)),
         (UNIT, "ConditionResult") => Some(OwnedVariant::from(unit.condition)),
         (UNIT, "LoadError") => {
             let error = Variant::from(("org.freedesktop.systemd1.LoadFailed", unit.load_error));

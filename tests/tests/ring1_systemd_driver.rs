@@ -298,11 +298,17 @@ async fn a_crash_is_told_with_its_reason_even_to_a_reader_who_looks_away() -> Re
     let mut f = fixture(unit).await?;
     f.systemd.set_active(DICE, "failed");
     let mut polls = 0_u32;
-    // Drops the future whenever it is pending, as a select loop does.
-    let change = within(std::future::poll_fn(|context| {
-        polls += 1;
-        f.driver.changed().as_mut().poll(context)
-    }))
+    // Drops the future whenever something else is ready, as a select loop does.
+    let change = within(async {
+        loop {
+            polls += 1;
+            tokio::select! {
+                biased;
+                change = f.driver.changed() => break change,
+                () = tokio::task::yield_now() => {}
+            }
+        }
+    })
     .await?;
     ensure!(polls > 1, "the future was never dropped");
     let Change::Down(Some(failure)) = change else { bail!("not a failure: {change:?}") };

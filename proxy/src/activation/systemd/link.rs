@@ -435,10 +435,14 @@ impl Shared {
         message.and_then(|message| String::try_from(message).ok()).unwrap_or_default()
     }
 
-    /// Whether the unit's conditions held when it was last started.
+    /// Whether the unit's conditions held when it was last started. Yes when systemd has not checked them since it
+    /// loaded the unit: it may have unloaded the unit after the start.
     pub(super) async fn condition_holds(&self) -> bool {
         let Ok(conn) = self.connection().await else { return true };
-        self.get(&conn, &object_path(&self.unit.name), UNIT, "ConditionResult").await.unwrap_or(true)
+        let path = object_path(&self.unit.name);
+        let checked = self.get::<u64>(&conn, &path, UNIT, "ConditionTimestampMonotonic");
+        let holds = self.get::<bool>(&conn, &path, UNIT, "ConditionResult");
+        !matches!(tokio::try_join!(checked, holds), Ok((1.., false)))
     }
 
     /// Whether one of the socket units that start the unit is active.

@@ -87,7 +87,7 @@ impl Unit {
         if condition_holds {
             let message = format!(
                 "{name} ended right after its start; a backend must stay active (Type=oneshot needs \
-                 RemainAfterExit=yes); see: journalctl{user} -u {name}"
+                 RemainAfterExit=yes), and its Condition...= must hold; see: journalctl{user} -u {name}"
             );
             Failure::new("ended", message)
         } else {
