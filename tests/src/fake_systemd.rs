@@ -395,7 +395,11 @@ impl Service {
     async fn run(mut self) -> Result<()> {
         loop {
             let Some(conn) = self.connect().await? else { return Ok(()) };
-            let end = self.serve(&conn).await?;
+            // Whatever fails because the bus died is no failure of the fixture.
+            let end = match self.serve(&conn).await {
+                Err(_) if conn.is_closed() => End::BusDied,
+                end => end?,
+            };
             self.on_bus.send_replace(false);
             lock(&self.state).subscriber = None;
             if matches!(end, End::Dropped) {

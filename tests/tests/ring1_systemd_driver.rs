@@ -23,6 +23,11 @@ impl Fixture {
             ended = &mut start => bail!("the start ended before its job: {ended:?}"),
             called = self.systemd.wait_for_calls("StartUnit", 1) => called?,
         }
+        // Replies come in order: with this one, that to the start is here, too.
+        tokio::select! {
+            ended = &mut start => bail!("the start ended before its job: {ended:?}"),
+            state = self.driver.state() => drop(state?),
+        }
         Ok(start)
     }
 
