@@ -16,10 +16,13 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Notify;
 
 use crate::address::{self, Address};
+use crate::clock;
 use crate::config::ReadyProbe;
 use crate::pairing;
 
-/// The first pause between two connects; it doubles.
+/// The pause between two connects is this part of the time waited so far, so that at most so much is lost.
+const RETRY_PART: u32 = 20;
+/// The shortest pause between two connects.
 const RETRY_MIN: Duration = Duration::from_millis(1);
 /// The longest pause between two connects.
 const RETRY_MAX: Duration = Duration::from_millis(100);
@@ -72,14 +75,14 @@ impl Hints {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn pause(&self, retry: Duration) -> Duration {
-        if self.hooked.load(Relaxed) { RETRY_HOOKED } else { retry }
+    fn pause(&self, waited: Duration) -> Duration {
+        if self.hooked.load(Relaxed) { RETRY_HOOKED } else { (waited / RETRY_PART).clamp(RETRY_MIN, RETRY_MAX) }
     }
 }
 
 /// Waits until the backend is ready. Returns the connection that proved it, for the first client to use.
 pub async fn wait(backend: &Address, probe: &ReadyProbe, hints: &Hints) -> Option<Socket> {
-    let mut retry = RETRY_MIN;
+    let since = clock::now();
     loop {
         match try_once(backend, probe, hints).await {
             Ok(scout) => return scout,
@@ -87,8 +90,8 @@ pub async fn wait(backend: &Address, probe: &ReadyProbe, hints: &Hints) -> Optio
                 *hints.last_error.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string();
             }
         }
-        let _either = tokio::time::timeout(hints.pause(retry), hints.changed.notified()).await;
-        retry = (retry * 2).min(RETRY_MAX);
+        let pause = hints.pause(clock::now().saturating_sub(since));
+        let _either = tokio::time::timeout(pause, hints.changed.notified()).await;
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 
 pub mod deadline;
+pub mod fake_systemd;
 pub mod process;
 pub mod service;
 pub mod systemd;
