@@ -56,7 +56,7 @@ async fn within<T>(future: impl Future<Output = T>) -> Result<T> {
     tokio::time::timeout(DEADLINE, future).await.context("the driver hangs")
 }
 
-async fn start_failure(driver: &SystemdDriver) -> Result<Failure> {
+async fn start_failure(driver: &mut SystemdDriver) -> Result<Failure> {
     within(driver.start()).await?.err().context("the start succeeded")
 }
 
@@ -91,7 +91,7 @@ async fn a_start_waits_until_its_job_ends() -> Result<()> {
 
 #[tokio::test]
 async fn a_job_that_ends_before_the_call_is_answered_is_not_missed() -> Result<()> {
-    let f = fixture(FakeUnit {
+    let mut f = fixture(FakeUnit {
         starts: [Answer::EndsEarly { result: "done", then: "active" }].into(),
         stops: [Answer::EndsEarly { result: "done", then: "inactive" }].into(),
         ..FakeUnit::default()
@@ -107,7 +107,7 @@ async fn a_failed_job_carries_the_units_own_result() -> Result<()> {
     let mut unit = starting([Answer::Ends { result: "failed", then: "failed" }]);
     (unit.result, unit.main_code, unit.main_status) = ("exit-code", 1, 3);
     let mut f = fixture(unit).await?;
-    let failure = start_failure(&f.driver).await?;
+    let failure = start_failure(&mut f.driver).await?;
     assert_eq!(failure.result, "exit-code");
     assert_eq!(
         failure.message,
@@ -123,9 +123,9 @@ async fn a_failed_job_carries_the_units_own_result() -> Result<()> {
 #[tokio::test]
 async fn every_other_job_result_is_a_failure_of_its_own() -> Result<()> {
     let results = ["canceled", "timeout", "dependency", "skipped", "assert", "unsupported", "collected"];
-    let f = fixture(starting(results.map(|result| Answer::Ends { result, then: "inactive" }))).await?;
+    let mut f = fixture(starting(results.map(|result| Answer::Ends { result, then: "inactive" }))).await?;
     for result in results {
-        let failure = start_failure(&f.driver).await?;
+        let failure = start_failure(&mut f.driver).await?;
         assert_eq!(failure.result, result);
         assert!(failure.message.starts_with("cannot start dice.service: "), "{failure}");
     }
@@ -135,14 +135,14 @@ async fn every_other_job_result_is_a_failure_of_its_own() -> Result<()> {
 #[tokio::test]
 async fn a_unit_that_is_down_again_after_its_job_did_not_start() -> Result<()> {
     let done = |then| Answer::Ends { result: "done", then };
-    let f = fixture(starting([done("inactive"), done("inactive"), done("failed")])).await?;
-    assert_eq!(start_failure(&f.driver).await?.result, "ended");
+    let mut f = fixture(starting([done("inactive"), done("inactive"), done("failed")])).await?;
+    assert_eq!(start_failure(&mut f.driver).await?.result, "ended");
     f.systemd.change_unit(DICE, |unit| unit.condition = false);
-    assert_eq!(start_failure(&f.driver).await?.result, "condition");
+    assert_eq!(start_failure(&mut f.driver).await?.result, "condition");
     f.systemd.change_unit(DICE, |unit| {
         (unit.result, unit.main_code, unit.main_status) = ("signal", 2, 9);
     });
-    let failure = start_failure(&f.driver).await?;
+    let failure = start_failure(&mut f.driver).await?;
     assert_eq!(failure.result, "signal");
     assert!(failure.message.contains("killed by signal 9"), "{failure}");
     Ok(())
@@ -152,8 +152,8 @@ async fn a_unit_that_is_down_again_after_its_job_did_not_start() -> Result<()> {
 async fn a_start_limit_is_reset_before_the_next_start_and_only_then() -> Result<()> {
     let mut unit = starting([Answer::Ends { result: "failed", then: "failed" }]);
     unit.result = "start-limit-hit";
-    let f = fixture(unit).await?;
-    assert_eq!(start_failure(&f.driver).await?.result, "start-limit-hit");
+    let mut f = fixture(unit).await?;
+    assert_eq!(start_failure(&mut f.driver).await?.result, "start-limit-hit");
     f.systemd.change_unit(DICE, |unit| unit.result = "success");
     assert_eq!(within(f.driver.start()).await?, Ok(()));
     assert_eq!(within(f.driver.start()).await?, Ok(()));
@@ -181,7 +181,7 @@ async fn a_stop_ends_when_the_unit_is_down() -> Result<()> {
 #[tokio::test]
 async fn a_stop_that_ends_in_failed_is_a_stop() -> Result<()> {
     let stops = [Answer::Ends { result: "done", then: "failed" }].into();
-    let f = fixture(FakeUnit { active: "active", result: "timeout", stops, ..FakeUnit::default() }).await?;
+    let mut f = fixture(FakeUnit { active: "active", result: "timeout", stops, ..FakeUnit::default() }).await?;
     assert_eq!(within(f.driver.stop()).await?, Ok(()));
     Ok(())
 }
@@ -189,7 +189,7 @@ async fn a_stop_that_ends_in_failed_is_a_stop() -> Result<()> {
 #[tokio::test]
 async fn a_stop_that_somebody_undid_is_a_failure() -> Result<()> {
     let stops = ["canceled", "failed", "done"].map(|result| Answer::Ends { result, then: "active" });
-    let f = fixture(FakeUnit { active: "active", stops: stops.into(), ..FakeUnit::default() }).await?;
+    let mut f = fixture(FakeUnit { active: "active", stops: stops.into(), ..FakeUnit::default() }).await?;
     for result in ["canceled", "failed", "canceled"] {
         let stopped = within(f.driver.stop()).await?;
         assert_eq!(stopped.map_err(|failure| failure.result), Err(result.to_owned()));
@@ -200,14 +200,14 @@ async fn a_stop_that_somebody_undid_is_a_failure() -> Result<()> {
 #[tokio::test]
 async fn what_is_not_there_is_down() -> Result<()> {
     let gone = Answer::Error("org.freedesktop.systemd1.NoSuchUnit", "Unit dice.service not loaded.");
-    let f = fixture(FakeUnit { stops: [gone].into(), ..FakeUnit::default() }).await?;
+    let mut f = fixture(FakeUnit { stops: [gone].into(), ..FakeUnit::default() }).await?;
     assert_eq!(within(f.driver.stop()).await?, Ok(()));
     Ok(())
 }
 
 #[tokio::test]
 async fn units_that_cannot_be_started_say_why() -> Result<()> {
-    let f = fixture(FakeUnit::default()).await?;
+    let mut f = fixture(FakeUnit::default()).await?;
     for (load_state, says) in [
         ("not-found", "unit dice.service does not exist"),
         ("masked", "systemctl unmask dice.service"),
@@ -236,9 +236,9 @@ async fn refusals_name_the_cause() -> Result<()> {
             "refused to start dice.service: the cause",
         ),
     ];
-    let f = fixture(starting(refusals.map(|(name, ..)| Answer::Error(name, "the cause")))).await?;
+    let mut f = fixture(starting(refusals.map(|(name, ..)| Answer::Error(name, "the cause")))).await?;
     for (_, result, says) in refusals {
-        let failure = start_failure(&f.driver).await?;
+        let failure = start_failure(&mut f.driver).await?;
         assert_eq!(failure.result, result);
         assert!(failure.message.contains(says), "{failure}");
     }
@@ -252,8 +252,8 @@ async fn refusals_name_the_cause() -> Result<()> {
 
 #[tokio::test]
 async fn a_reply_that_never_comes_is_a_failure() -> Result<()> {
-    let f = fixture_with(starting([Answer::Silence]), Duration::from_millis(500)).await?;
-    let failure = start_failure(&f.driver).await?;
+    let mut f = fixture_with(starting([Answer::Silence]), Duration::from_millis(500)).await?;
+    let failure = start_failure(&mut f.driver).await?;
     assert_eq!(failure.result, "bus");
     assert!(failure.message.contains("did not answer within 500ms"), "{failure}");
     // The connection is still good.
@@ -391,7 +391,7 @@ async fn a_bus_that_stays_dead_fails_the_start_and_the_next_start_finds_the_new_
     f.bus.kill();
     let failure = within(start).await?.err().context("the start succeeded")?;
     assert_eq!(failure.result, "bus");
-    assert_eq!(start_failure(&f.driver).await?.result, "bus");
+    assert_eq!(start_failure(&mut f.driver).await?.result, "bus");
     f.bus.revive()?;
     f.systemd.wait_on_bus(true).await?;
     assert_eq!(within(f.driver.start()).await?, Ok(()));
