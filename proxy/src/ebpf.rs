@@ -7,12 +7,13 @@
 use std::io;
 use std::os::fd::AsFd as _;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use aya::maps::{HashMap, MapData, RingBuf};
 use aya::programs::ProgramError;
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
 use drowse_ebpf as abi;
+use rustix::io::Errno;
 use tracing::level_filters::LevelFilter;
 use tracing_log::LogTracer;
 
@@ -132,18 +133,46 @@ fn log_level() -> u8 {
     }
 }
 
-/// Adds to an error of aya what the administrator can do about it.
+/// An error of aya in one line, with what the administrator can do about it.
 pub(crate) fn explain(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Error {
-    let refused = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source())
-        .filter_map(|error| error.downcast_ref::<io::Error>())
-        .any(|error| error.kind() == io::ErrorKind::PermissionDenied);
     let error = anyhow::Error::new(error);
-    if refused {
-        error.context(
-            "the kernel refused although CAP_BPF and CAP_NET_ADMIN are there: a user namespace (PrivateUsers=), \
-             a SystemCallFilter= without `bpf`, a container or the kernel's lockdown may be the cause",
-        )
-    } else {
-        error
+    let not_permitted = |error: &io::Error| error.raw_os_error() == Some(Errno::PERM.raw_os_error());
+    if error.chain().filter_map(|error| error.downcast_ref()).any(not_permitted) {
+        return anyhow!(
+            "the kernel does not permit it although CAP_BPF and CAP_NET_ADMIN are there: a user namespace \
+             (PrivateUsers=), a SystemCallFilter= without `bpf`, or a container may be the cause"
+        );
+    }
+    if let Some(ProgramError::LoadError { io_error, verifier_log }) = error.downcast_ref() {
+        let log = verifier_log.to_string();
+        return anyhow!("the kernel's verifier refuses the program: {io_error}: {}", verifier_reason(&log));
+    }
+    error
+}
+
+/// The line of a verifier's log that says why: the last one before the statistics.
+fn verifier_reason(log: &str) -> &str {
+    let statistics = ["processed ", "verification time ", "stack depth "];
+    let is_reason = |line: &&str| !line.is_empty() && !statistics.iter().any(|start| line.starts_with(start));
+    log.lines().map(str::trim).rfind(is_reason).unwrap_or("it gives no reason")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verifiers_reason_is_found_above_its_statistics() {
+        let log = "33: (61) r9 = *(u32 *)(r1 +0)\ndereference of modified ctx ptr R1 off=28 disallowed\n\
+            verification time 245 usec\nstack depth 80\nprocessed 25 insns (limit 1000000)\n\n";
+        assert_eq!(verifier_reason(log), "dereference of modified ctx ptr R1 off=28 disallowed");
+        assert_eq!(verifier_reason(""), "it gives no reason");
+    }
+
+    #[test]
+    fn an_error_without_permission_says_what_may_be_the_cause() {
+        let explained = |errno: Errno| format!("{:#}", explain(io::Error::from(errno)));
+        assert!(explained(Errno::PERM).contains("SystemCallFilter="));
+        assert!(!explained(Errno::NOMEM).contains("SystemCallFilter="));
     }
 }
