@@ -2,6 +2,7 @@
 //!
 //! Each test runs in a network and a mount namespace of its own, with a BPF file system of its own. The hook sees the
 //! whole machine, so each test reserves its port numbers for itself.
+#![expect(clippy::expect_used, reason = "a failed fixture fails the test")]
 
 use std::collections::HashSet;
 use std::io::{BufRead as _, BufReader, Write as _};
