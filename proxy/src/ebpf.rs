@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::AsFd as _;
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use anyhow::{Context as _, anyhow, bail};
 use aya::maps::{HashMap, MapData, RingBuf};
@@ -32,6 +33,25 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dr
 /// Bytes of the log's ring buffer when no line is wanted: the least that the kernel allows, one page.
 const LOG_BYTES_MIN: u32 = 4096;
 
+/// Bytes of the log's ring buffer otherwise; some hundred lines.
+const LOG_BYTES: u32 = 128 << 10;
+
+/// The loader. To make one takes 20 ms, ten times as long as to load the object, because aya then parses the kernel's
+/// own types (5 MB). They are for CO-RE relocations, of which the object has none: so one is made once, without them.
+static LOADER: LazyLock<Mutex<EbpfLoader<'static>>> = LazyLock::new(|| {
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    Mutex::new(loader)
+});
+
+/// Does in advance the part of a first [`Object::load`] that takes longest and needs no privileges: some 20 ms of one
+/// CPU. Never needed. Blocks; worth while when nobody waits, such as after `READY=1`.
+pub fn prepare() {
+    if availability().obstacle().is_none() {
+        LazyLock::force(&LOADER);
+    }
+}
+
 /// The eBPF object, loaded: its maps exist, its programs can be loaded and attached.
 pub struct Object {
     // Dropped in this order: programs are detached first, then the pins go.
@@ -51,12 +71,14 @@ impl Object {
             bail!("{reason}");
         }
         let level = log_level();
-        let mut loader = EbpfLoader::new();
-        loader.override_global(abi::global::LOG_LEVEL, &level, true);
-        if level == 0 {
-            loader.map_max_entries(abi::map::LOG, LOG_BYTES_MIN);
-        }
-        let ebpf = loader.load(OBJECT).map_err(explain).context("load the eBPF object")?;
+        let log_bytes = if *level == 0 { LOG_BYTES_MIN } else { LOG_BYTES };
+        let ebpf = LOADER
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .override_global(abi::global::LOG_LEVEL, level, true)
+            .map_max_entries(abi::map::LOG, log_bytes)
+            .load(OBJECT);
+        let ebpf = ebpf.map_err(explain).context("load the eBPF object")?;
         let pins = Pins::create(name, &ebpf).map_err(|error| format!("{error:#}"));
         Ok(Self { ebpf, pins })
     }
@@ -122,14 +144,14 @@ impl Log {
 
 /// The level of [`abi::global::LOG_LEVEL`] that the current subscribers want. Lines above it cost nothing: the verifier
 /// removes them.
-fn log_level() -> u8 {
+fn log_level() -> &'static u8 {
     match LevelFilter::current().into_level() {
-        None => 0,
-        Some(tracing::Level::ERROR) => aya_log::Level::Error as u8,
-        Some(tracing::Level::WARN) => aya_log::Level::Warn as u8,
-        Some(tracing::Level::INFO) => aya_log::Level::Info as u8,
-        Some(tracing::Level::DEBUG) => aya_log::Level::Debug as u8,
-        Some(tracing::Level::TRACE) => aya_log::Level::Trace as u8,
+        None => &0,
+        Some(tracing::Level::ERROR) => &(aya_log::Level::Error as u8),
+        Some(tracing::Level::WARN) => &(aya_log::Level::Warn as u8),
+        Some(tracing::Level::INFO) => &(aya_log::Level::Info as u8),
+        Some(tracing::Level::DEBUG) => &(aya_log::Level::Debug as u8),
+        Some(tracing::Level::TRACE) => &(aya_log::Level::Trace as u8),
     }
 }
 
