@@ -13,7 +13,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, bail};
 
-use crate::{process, say, workspace};
+use crate::{install, process, say, workspace};
 
 const TARGET: &str = "bpfel-unknown-none";
 
@@ -84,10 +84,13 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The first way that is there.
+/// The first way that is there. If none is, root gets Debian's.
 fn way() -> anyhow::Result<Way> {
     if has_nightly_with_source()? {
         return Ok(Way::Nightly);
+    }
+    if !has_debian_core()? && install::can_install() {
+        install::debian_packages(&DEBIAN_PACKAGES)?;
     }
     if has_debian_core()? {
         return Ok(Way::Debian);

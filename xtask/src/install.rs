@@ -27,17 +27,13 @@ pub fn run() -> anyhow::Result<()> {
     let packages = missing_packages()?;
     if packages.is_empty() {
         say("all Debian packages are there");
-    } else if !rustix::process::geteuid().is_root() {
-        bail!("missing packages, as root: `apt-get update` and `apt-get install {}`", packages.join(" "));
-    } else if process::find("apt-get").is_none() {
-        bail!("no apt-get here: install what corresponds to Debian's {}", packages.join(" "));
+    } else if can_install() {
+        debian_packages(&packages)?;
     } else {
-        say(&format!("installing {}", packages.join(" ")));
-        process::run(Command::new("apt-get").args(["update", "--quiet"]))?;
-        let mut install = Command::new("apt-get");
-        install.env("DEBIAN_FRONTEND", "noninteractive");
-        install.args(["install", "--yes", "--quiet", "--no-install-recommends"]).args(packages);
-        process::run(&mut install)?;
+        bail!(
+            "packages are missing; on Debian, as root: `apt-get update` and `apt-get install {}`",
+            packages.join(" ")
+        );
     }
     for (package, version, program) in CARGO_TOOLS {
         if process::find(program).is_some() {
@@ -49,6 +45,21 @@ pub fn run() -> anyhow::Result<()> {
         process::run(install.args(["install", package, "--version", version, "--locked"]))?;
     }
     Ok(())
+}
+
+/// Whether we may install Debian packages: root, and there is an apt-get.
+pub fn can_install() -> bool {
+    rustix::process::geteuid().is_root() && process::find("apt-get").is_some()
+}
+
+/// Installs `packages` with apt-get.
+pub fn debian_packages(packages: &[&str]) -> anyhow::Result<()> {
+    say(&format!("installing {}", packages.join(" ")));
+    process::run(Command::new("apt-get").args(["update", "--quiet"]))?;
+    let mut install = Command::new("apt-get");
+    install.env("DEBIAN_FRONTEND", "noninteractive");
+    install.args(["install", "--yes", "--quiet", "--no-install-recommends"]).args(packages);
+    process::run(&mut install)
 }
 
 /// Debian packages whose program is not there. Rust for eBPF is one of them only if rustup does not provide it.
