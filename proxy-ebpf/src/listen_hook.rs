@@ -85,14 +85,29 @@ fn try_listen_hook(ctx: &SockOpsContext) -> Result<u32, Untold> {
 #[inline(always)]
 fn event(ctx: &SockOpsContext, port: u32) -> Result<ListenEvent, Untold> {
     let family = ctx.family();
+    let (ip4, ip6) = local_address(ctx);
     let address = match family {
-        FAMILY_V4 => [ctx.local_ip4(), 0, 0, 0],
-        FAMILY_V6 => ctx.local_ip6(),
+        FAMILY_V4 => [ip4, 0, 0, 0],
+        FAMILY_V6 => ip6,
         _ => return Err(Untold::OtherFamily),
     };
     // SAFETY: both helpers only read; the first one wants the context that the kernel passed in.
     let (netns_cookie, time_ns) = unsafe { (bpf_get_netns_cookie(ctx.as_ptr()), bpf_ktime_get_ns()) };
     Ok(ListenEvent { time_ns, netns_cookie, address, family, port })
+}
+
+/// The local address as either family has it; the one that the socket's family does not have means nothing.
+///
+/// Volatile and unconditional, or the compiler joins the reads of both families into one through a computed pointer
+/// into the context, which the verifier refuses.
+#[inline(always)]
+fn local_address(ctx: &SockOpsContext) -> (u32, [u32; 4]) {
+    // SAFETY: the kernel passed the context in and allows these reads for sockets of any family.
+    unsafe {
+        let ip6: *const u32 = ptr::addr_of!((*ctx.ops).local_ip6).cast();
+        let word = |index| ip6.add(index).read_volatile();
+        (ptr::addr_of!((*ctx.ops).local_ip4).read_volatile(), [word(0), word(1), word(2), word(3)])
+    }
 }
 
 /// Adds `event` to the port's counters. A port without an entry is not counted.

@@ -6,13 +6,15 @@
 
 use std::io;
 use std::os::fd::AsFd as _;
+use std::sync::{LazyLock, Mutex, PoisonError};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use aya::maps::{HashMap, MapData, RingBuf};
 use aya::programs::ProgramError;
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
 use drowse_ebpf as abi;
+use rustix::io::Errno;
 use tracing::level_filters::LevelFilter;
 use tracing_log::LogTracer;
 
@@ -30,6 +32,25 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dr
 
 /// Bytes of the log's ring buffer when no line is wanted: the least that the kernel allows, one page.
 const LOG_BYTES_MIN: u32 = 4096;
+
+/// Bytes of the log's ring buffer otherwise; some hundred lines.
+const LOG_BYTES: u32 = 128 << 10;
+
+/// The loader. To make one takes 20 ms, ten times as long as to load the object, because aya then parses the kernel's
+/// own types (5 MB). They are for CO-RE relocations, of which the object has none: so one is made once, without them.
+static LOADER: LazyLock<Mutex<EbpfLoader<'static>>> = LazyLock::new(|| {
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    Mutex::new(loader)
+});
+
+/// Does in advance the part of a first [`Object::load`] that takes longest and needs no privileges: some 20 ms of one
+/// CPU. Never needed. Blocks; worth while when nobody waits, such as after `READY=1`.
+pub fn prepare() {
+    if availability().obstacle().is_none() {
+        LazyLock::force(&LOADER);
+    }
+}
 
 /// The eBPF object, loaded: its maps exist, its programs can be loaded and attached.
 pub struct Object {
@@ -50,12 +71,14 @@ impl Object {
             bail!("{reason}");
         }
         let level = log_level();
-        let mut loader = EbpfLoader::new();
-        loader.override_global(abi::global::LOG_LEVEL, &level, true);
-        if level == 0 {
-            loader.map_max_entries(abi::map::LOG, LOG_BYTES_MIN);
-        }
-        let ebpf = loader.load(OBJECT).map_err(explain).context("load the eBPF object")?;
+        let log_bytes = if *level == 0 { LOG_BYTES_MIN } else { LOG_BYTES };
+        let ebpf = LOADER
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .override_global(abi::global::LOG_LEVEL, level, true)
+            .map_max_entries(abi::map::LOG, log_bytes)
+            .load(OBJECT);
+        let ebpf = ebpf.map_err(explain).context("load the eBPF object")?;
         let pins = Pins::create(name, &ebpf).map_err(|error| format!("{error:#}"));
         Ok(Self { ebpf, pins })
     }
@@ -121,29 +144,57 @@ impl Log {
 
 /// The level of [`abi::global::LOG_LEVEL`] that the current subscribers want. Lines above it cost nothing: the verifier
 /// removes them.
-fn log_level() -> u8 {
+fn log_level() -> &'static u8 {
     match LevelFilter::current().into_level() {
-        None => 0,
-        Some(tracing::Level::ERROR) => aya_log::Level::Error as u8,
-        Some(tracing::Level::WARN) => aya_log::Level::Warn as u8,
-        Some(tracing::Level::INFO) => aya_log::Level::Info as u8,
-        Some(tracing::Level::DEBUG) => aya_log::Level::Debug as u8,
-        Some(tracing::Level::TRACE) => aya_log::Level::Trace as u8,
+        None => &0,
+        Some(tracing::Level::ERROR) => &(aya_log::Level::Error as u8),
+        Some(tracing::Level::WARN) => &(aya_log::Level::Warn as u8),
+        Some(tracing::Level::INFO) => &(aya_log::Level::Info as u8),
+        Some(tracing::Level::DEBUG) => &(aya_log::Level::Debug as u8),
+        Some(tracing::Level::TRACE) => &(aya_log::Level::Trace as u8),
     }
 }
 
-/// Adds to an error of aya what the administrator can do about it.
+/// An error of aya in one line, with what the administrator can do about it.
 pub(crate) fn explain(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Error {
-    let refused = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source())
-        .filter_map(|error| error.downcast_ref::<io::Error>())
-        .any(|error| error.kind() == io::ErrorKind::PermissionDenied);
     let error = anyhow::Error::new(error);
-    if refused {
-        error.context(
-            "the kernel refused although CAP_BPF and CAP_NET_ADMIN are there: a user namespace (PrivateUsers=), \
-             a SystemCallFilter= without `bpf`, a container or the kernel's lockdown may be the cause",
-        )
-    } else {
-        error
+    let not_permitted = |error: &io::Error| error.raw_os_error() == Some(Errno::PERM.raw_os_error());
+    if error.chain().filter_map(|error| error.downcast_ref()).any(not_permitted) {
+        return anyhow!(
+            "the kernel does not permit it although CAP_BPF and CAP_NET_ADMIN are there: a user namespace \
+             (PrivateUsers=), a SystemCallFilter= without `bpf`, or a container may be the cause"
+        );
+    }
+    if let Some(ProgramError::LoadError { io_error, verifier_log }) = error.downcast_ref() {
+        let log = verifier_log.to_string();
+        return anyhow!("the kernel's verifier refuses the program: {io_error}: {}", verifier_reason(&log));
+    }
+    error
+}
+
+/// The line of a verifier's log that says why: the last one before the statistics.
+fn verifier_reason(log: &str) -> &str {
+    let statistics = ["processed ", "verification time ", "stack depth "];
+    let is_reason = |line: &&str| !line.is_empty() && !statistics.iter().any(|start| line.starts_with(start));
+    log.lines().map(str::trim).rfind(is_reason).unwrap_or("it gives no reason")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verifiers_reason_is_found_above_its_statistics() {
+        let log = "33: (61) r9 = *(u32 *)(r1 +0)\ndereference of modified ctx ptr R1 off=28 disallowed\n\
+            verification time 245 usec\nstack depth 80\nprocessed 25 insns (limit 1000000)\n\n";
+        assert_eq!(verifier_reason(log), "dereference of modified ctx ptr R1 off=28 disallowed");
+        assert_eq!(verifier_reason(""), "it gives no reason");
+    }
+
+    #[test]
+    fn an_error_without_permission_says_what_may_be_the_cause() {
+        let explained = |errno: Errno| format!("{:#}", explain(io::Error::from(errno)));
+        assert!(explained(Errno::PERM).contains("SystemCallFilter="));
+        assert!(!explained(Errno::NOMEM).contains("SystemCallFilter="));
     }
 }

@@ -132,7 +132,8 @@ fn in_user_namespace() -> bool {
     !map.is_empty() && map.split_ascii_whitespace().ne(["0", "0", "4294967295"])
 }
 
-fn bpffs(path: &Path) -> Fact {
+/// Whether a BPF file system is mounted at `path`.
+pub(super) fn bpffs(path: &Path) -> Fact {
     let subject = "bpffs";
     let path_shown = path.display();
     match statfs(path) {

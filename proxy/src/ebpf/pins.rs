@@ -53,7 +53,7 @@ impl Pins {
     /// # Errors
     /// There is no BPF file system, it may not be written to, or a running drowse has pins of this name.
     pub(super) fn create(name: &str, ebpf: &Ebpf) -> anyhow::Result<Self> {
-        let bpffs = facts::availability().bpffs;
+        let bpffs = facts::bpffs(Path::new(BPFFS));
         if bpffs.answer == Answer::No {
             bail!("{}", bpffs.reason);
         }
