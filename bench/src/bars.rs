@@ -72,6 +72,9 @@ impl Bar {
         else {
             return Some(format!("{what} was not measured"));
         };
+        if let Some(reason) = &measurement.unavailable {
+            return Some(format!("{what} was not available: {reason}"));
+        }
         let Some(summary) = self.figure(report, measurement) else {
             return Some(format!("{what} has no figure to compare with the bar"));
         };

@@ -94,6 +94,18 @@ pub struct Sample {
     pub details: Vec<(&'static str, f64)>,
 }
 
+/// Why a peer cannot take part here, through no fault of its own.
+#[derive(Debug)]
+pub struct Unavailable(pub &'static str);
+
+impl std::fmt::Display for Unavailable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for Unavailable {}
+
 /// One peer in one case.
 pub struct Contestant<'a> {
     /// The peer's name.
@@ -132,6 +144,7 @@ struct Tally {
     details: BTreeMap<&'static str, Vec<f64>>,
     latency: Option<Histogram<u64>>,
     failure: Option<String>,
+    unavailable: Option<String>,
 }
 
 impl Tally {
@@ -139,7 +152,8 @@ impl Tally {
         let sample = match outcome {
             Ok(sample) => sample,
             Err(err) => {
-                self.failure = Some(format!("{err:#}"));
+                let place = if err.is::<Unavailable>() { &mut self.unavailable } else { &mut self.failure };
+                *place = Some(format!("{err:#}"));
                 return;
             }
         };
@@ -162,7 +176,7 @@ impl Case<'_> {
         let mut tallies: Vec<Tally> = self.contestants.iter().map(|_| Tally::default()).collect();
         for round in 1..=rounds {
             for (contestant, tally) in self.contestants.iter_mut().zip(&mut tallies) {
-                if tally.failure.is_none() {
+                if tally.failure.is_none() && tally.unavailable.is_none() {
                     progress(&format!("{}: round {round} of {rounds}: {}", self.name, contestant.peer));
                     tally.add((contestant.measure)());
                 }
@@ -180,6 +194,7 @@ impl Case<'_> {
                 details: tally.details.into_iter().map(|(name, rounds)| (name.to_owned(), rounds)).collect(),
                 latency: tally.latency.as_ref().map(Latency::of),
                 failure: tally.failure,
+                unavailable: tally.unavailable,
             })
             .collect()
     }
@@ -251,7 +266,8 @@ impl Setting {
     pub fn backend_alone(&self, listen: SocketAddr, listen_delay: Duration) -> Result<Duration> {
         let mut command = Command::new(&self.this_program);
         command.args(Self::backend_arguments(listen, listen_delay));
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        process::plain(&mut command);
+        command.stdout(Stdio::piped());
         started_on(&self.layout.proxy, || {
             let started_at = drowse::clock::now();
             let backend = Backend::listening(Running::start("backend", command)?, listen_delay)?;
@@ -310,5 +326,15 @@ mod tests {
         assert!(measurements[0].failure.is_none());
         assert_eq!(measurements[1].rounds, [1.0]);
         assert_eq!(measurements[1].failure.as_deref(), Some("broke"));
+    }
+
+    #[test]
+    fn a_peer_that_is_not_available_has_not_failed() {
+        let measure = || Err(anyhow::Error::new(Unavailable("not built")));
+        let contestants = vec![Contestant { peer: "a", measure: Box::new(measure) }];
+        let case = Case { name: "case".to_owned(), unit: "1", better: Better::Higher, contestants };
+        let measurements = case.measure(2, |_| {});
+        assert_eq!(measurements[0].unavailable.as_deref(), Some("not built"));
+        assert!(measurements[0].failure.is_none() && measurements[0].rounds.is_empty());
     }
 }

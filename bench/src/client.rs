@@ -148,14 +148,14 @@ pub struct RequestLoad {
     pub request_len: usize,
     /// Time before anything counts.
     pub warm_up_time: Duration,
-    /// Time that counts.
+    /// Time that counts: no request is sent after it, and the answers still on their way then count, too.
     pub measured_time: Duration,
 }
 
 /// What a closed loop of requests showed.
 #[derive(Debug)]
 pub struct RequestRate {
-    /// Answers in the measured time, per second.
+    /// Answers per second, from the end of the warm-up until the last answer.
     pub per_second: f64,
     /// From sending a request until its whole answer was there, in nanoseconds.
     pub latency: Histogram<u64>,
@@ -224,6 +224,7 @@ impl RequestLoad {
             requester.send_next(pattern, drowse::clock::now())?;
         }
         let mut on_their_way = requesters.len();
+        let mut last_answer_at = counts_from;
         let mut events = Vec::with_capacity(self.connections);
         let patience = Timespec::try_from(ANSWER_WITHIN).context("set a deadline")?;
         while on_their_way > 0 {
@@ -240,7 +241,8 @@ impl RequestLoad {
                     continue;
                 }
                 let now = drowse::clock::now();
-                if now >= counts_from && now < ends_at {
+                last_answer_at = now;
+                if now >= counts_from {
                     latency.saturating_record(drowse::clock::as_nanos(now.saturating_sub(requester.sent_at)));
                 }
                 if now < ends_at {
@@ -252,7 +254,7 @@ impl RequestLoad {
         }
         ensure!(!latency.is_empty(), "no answer arrived in the measured time");
         #[expect(clippy::cast_precision_loss, reason = "a rate needs no more than 52 bits")]
-        let per_second = latency.len() as f64 / self.measured_time.as_secs_f64();
+        let per_second = latency.len() as f64 / last_answer_at.saturating_sub(counts_from).as_secs_f64();
         Ok(RequestRate { per_second, latency })
     }
 

@@ -4,11 +4,12 @@
 //! did not start. `setpriv --pdeathsig` has the kernel kill the child when the thread that started it dies
 //! (`PR_SET_PDEATHSIG`), so children are started from the main thread only.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{Read, Seek};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -161,8 +162,12 @@ pub fn socket_activated(program: impl AsRef<OsStr>, listener: TcpListener) -> Co
     command
 }
 
-fn plain(command: &mut Command) {
-    for variable in MANAGER_VARIABLES {
+/// Gives `command` an environment that is the same for everybody: none of a service manager's variables and none of
+/// drowse's own options, no stdin and no stdout.
+pub fn plain(command: &mut Command) {
+    let options =
+        std::env::vars_os().map(|(name, _)| name).filter(|name| name.as_bytes().starts_with(b"DROWSE_"));
+    for variable in MANAGER_VARIABLES.into_iter().map(OsString::from).chain(options) {
         command.env_remove(variable);
     }
     command.stdin(Stdio::null()).stdout(Stdio::null());

@@ -54,6 +54,8 @@ pub struct Machine {
     pub network: Network,
     /// TCP congestion control of all sockets.
     pub congestion_control: String,
+    /// Load average of the last minute when the run began: other work on the machine spoils figures.
+    pub load_average: f64,
     /// Files that each process could open.
     pub files_max: u64,
 }
@@ -100,6 +102,8 @@ pub struct Measurement {
     pub latency: Option<Latency>,
     /// Why the peer did not finish its rounds.
     pub failure: Option<String>,
+    /// Why the peer could not take part here.
+    pub unavailable: Option<String>,
 }
 
 impl Measurement {
@@ -215,6 +219,7 @@ pub(crate) mod tests {
             )]),
             latency: None,
             failure: None,
+            unavailable: None,
         }
     }
 
@@ -233,6 +238,7 @@ pub(crate) mod tests {
                 memory_mib: 1,
                 network: Network::Namespace,
                 congestion_control: "reno".to_owned(),
+                load_average: 0.0,
                 files_max: 1024,
             },
             peers: Vec::new(),

@@ -177,6 +177,9 @@ fn machine(setting: &Setting, network: Network, congestion_control: String) -> R
     };
     let memory = field(&read("/proc/meminfo")?, "MemTotal").context("find the memory's size")?;
     let memory_kib: u64 = memory.trim_end_matches(" kB").parse().context("read the memory's size")?;
+    let load = read("/proc/loadavg")?;
+    let load_average =
+        load.split_whitespace().next().and_then(|load| load.parse().ok()).context("read the load average")?;
     Ok(Machine {
         kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
         processor: field(&read("/proc/cpuinfo")?, "model name")
@@ -185,6 +188,7 @@ fn machine(setting: &Setting, network: Network, congestion_control: String) -> R
         memory_mib: memory_kib / 1024,
         network,
         congestion_control,
+        load_average,
         files_max: setting.files_max,
     })
 }

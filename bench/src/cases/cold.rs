@@ -8,10 +8,10 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::cases::{Case, Contestant, Sample, Setting, free_address, milliseconds};
+use crate::cases::{Case, Contestant, Sample, Setting, Unavailable, free_address, milliseconds};
 use crate::client;
 use crate::cpus::started_on;
 use crate::process::{self, Running, readable_within};
@@ -96,11 +96,10 @@ fn measure(setting: &Setting, drowse: &Path, ebpf: Ebpf, delay: Duration) -> Res
         cold.push(outcome.with_context(|| proxy.last_words())?);
     }
     let loaded = proxy.has_ebpf()?;
-    ensure!(
-        loaded == (ebpf == Ebpf::Loaded),
-        "drowse {} eBPF programs loaded",
-        if loaded { "has" } else { "has no" }
-    );
+    ensure!(!loaded || ebpf == Ebpf::Loaded, "drowse has eBPF programs loaded that it was told not to load");
+    if !loaded && ebpf == Ebpf::Loaded {
+        bail!(Unavailable("drowse loaded no eBPF programs: run `cargo xtask build-ebpf`, or see its log"));
+    }
     let part = |pick: fn(&ColdRequest) -> Duration| {
         let times: Vec<f64> = cold.iter().map(|request| milliseconds(pick(request))).collect();
         median(&times).context("no cold request was made")

@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use crate::cases::cold::Ebpf;
 use crate::cases::{Case, Contestant, Sample, Setting, free_address, milliseconds};
 use crate::cpus::started_on;
-use crate::process::Running;
+use crate::process::{self, Running};
 use crate::report::Better;
 use crate::stats::median;
 
@@ -87,7 +87,7 @@ fn start(setting: &Setting, drowse: &Path, ebpf: Ebpf) -> Result<Duration> {
     let mut command = Command::new(drowse);
     command.args(["run", ebpf.option()]);
     command.args([format!("--listen={}", free_address()?), format!("--backend={}", free_address()?)]);
-    command.stdin(Stdio::null()).stdout(Stdio::null());
+    process::plain(&mut command);
     ready.announce_to(&mut command);
     started_on(&setting.layout.proxy, || {
         let started_at = drowse::clock::now();

@@ -9,6 +9,9 @@ use crate::isolation::Network;
 use crate::report::{Measurement, Report, Verdict, verdict};
 use crate::stats::{SPREAD_MAX, median};
 
+/// A machine that does nothing else has less than this.
+const LOAD_AVERAGE_MAX: f64 = 0.5;
+
 /// The whole report.
 #[must_use]
 pub fn render(report: &Report) -> String {
@@ -40,6 +43,13 @@ fn head(text: &mut String, report: &Report) -> std::fmt::Result {
     }
     writeln!(text, "- started {}, {} interleaved rounds", report.started, report.rounds)?;
     writeln!(text, "- kernel {}, {}, {} MiB", machine.kernel, machine.processor, machine.memory_mib)?;
+    if machine.load_average > LOAD_AVERAGE_MAX {
+        writeln!(
+            text,
+            "- **other work kept the machine busy when it started (load average {})**",
+            machine.load_average
+        )?;
+    }
     writeln!(text, "- {network}, congestion control {}", machine.congestion_control)?;
     let layout = &machine.layout;
     writeln!(
@@ -97,6 +107,11 @@ fn table(text: &mut String, case: &[Measurement]) -> std::fmt::Result {
         }
         writeln!(text, "| {} |", cells.join(" | "))?;
     }
+    for measurement in case {
+        if let Some(reason) = &measurement.unavailable {
+            writeln!(text, "\n{} was not available: {reason}.", measurement.peer)?;
+        }
+    }
     match verdict(case) {
         Verdict::Winner(peer) => writeln!(text, "\nBest proxy: {peer}."),
         Verdict::Tie(one, other) => {
@@ -121,7 +136,8 @@ fn own_cells(measurement: &Measurement) -> Vec<String> {
                 if summary.is_wide() { " (wide)" } else { "" }
             ));
         }
-        _ => cells.extend(["failed".to_owned(), nothing(), nothing()]),
+        (_, Some(_)) => cells.extend(["failed".to_owned(), nothing(), nothing()]),
+        (None, None) => cells.extend(["not available".to_owned(), nothing(), nothing()]),
     }
     cells
 }
