@@ -21,6 +21,8 @@ use crate::wire::{ANSWER_LEN, CHUNK_LEN, Command, Pattern, Receipt, Stamp};
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// Latencies are kept between 1 microsecond and this, with three digits.
 const LATENCY_MAX_NS: u64 = 60_000_000_000;
+/// Connections opened, or used, at once where there are many: below the usual backlogs, and quick on a busy machine.
+const BATCH: usize = 100;
 /// A whole request, so that a closed loop never meets a full send buffer.
 const REQUEST_LEN_MAX: usize = 16 * 1024;
 
@@ -37,25 +39,12 @@ pub fn connect(address: SocketAddr, command: Command) -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// Exchanges one request over an echo connection and checks the answer.
-///
-/// # Errors
-/// When the answer is missing or wrong.
-pub fn exchange(mut stream: &TcpStream, pattern: &Pattern, position: u64) -> Result<()> {
-    let request = pattern.at(position, 64)?;
-    stream.write_all(request).context("send a request")?;
-    let mut answer = [0; 64];
-    stream.read_exact(&mut answer).context("receive an answer")?;
-    ensure!(answer == request, "the answer is not what was sent");
-    Ok(())
-}
-
 /// Shows that the way to the backend works, before anything is timed.
 ///
 /// # Errors
 /// When it does not.
 pub fn warm_up(address: SocketAddr, pattern: &Pattern) -> Result<()> {
-    exchange(&connect(address, Command::Echo)?, pattern, 0).context("first exchange")
+    exchange_all(&[connect(address, Command::Echo)?], pattern, 0).context("first exchange")
 }
 
 /// Asks the backend when it began to listen.
@@ -130,13 +119,34 @@ fn check_receipt(mut stream: &TcpStream, bytes: u64) -> Result<()> {
 /// # Errors
 /// When one of them does not open or answer.
 pub fn open_flows(address: SocketAddr, pattern: &Pattern, count: usize) -> Result<Vec<TcpStream>> {
-    (0..count)
-        .map(|index| {
-            let stream = connect(address, Command::Echo).with_context(|| format!("flow {index}"))?;
-            exchange(&stream, pattern, index as u64).with_context(|| format!("flow {index}"))?;
-            Ok(stream)
-        })
-        .collect()
+    let mut flows = Vec::with_capacity(count);
+    while flows.len() < count {
+        let batch = (count - flows.len()).min(BATCH);
+        let opened = (0..batch).map(|_| connect(address, Command::Echo)).collect::<Result<Vec<_>>>();
+        let opened = opened.with_context(|| format!("open more flows beside {}", flows.len()))?;
+        exchange_all(&opened, pattern, 0)?;
+        flows.extend(opened);
+    }
+    Ok(flows)
+}
+
+/// Exchanges one request over each of many echo connections, many at a time.
+///
+/// # Errors
+/// When an answer is missing or wrong.
+pub fn exchange_all(flows: &[TcpStream], pattern: &Pattern, position: u64) -> Result<()> {
+    let request = pattern.at(position, 64)?;
+    for batch in flows.chunks(BATCH) {
+        for mut flow in batch {
+            flow.write_all(request).context("send a request")?;
+        }
+        for mut flow in batch {
+            let mut answer = [0; 64];
+            flow.read_exact(&mut answer).context("receive an answer")?;
+            ensure!(answer == request, "the answer is not what was sent");
+        }
+    }
+    Ok(())
 }
 
 /// A closed loop of requests.

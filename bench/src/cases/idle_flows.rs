@@ -32,9 +32,7 @@ fn measure(setting: &Setting, peer: &dyn Peer) -> Result<Sample> {
     let memory = setting.with_peer(peer, count, |started| {
         let flows = client::open_flows(started.address, &setting.pattern, count)?;
         let memory = started.process.as_ref().context("find the proxy's process")?.memory()?;
-        for flow in &flows {
-            client::exchange(flow, &setting.pattern, 1).context("use a flow after it was idle")?;
-        }
+        client::exchange_all(&flows, &setting.pattern, 1).context("use the flows after they were idle")?;
         Ok(memory)
     })?;
     let float = |bytes: u64| u32::try_from(bytes / 1024).map(f64::from).context("read the proxy's memory");
