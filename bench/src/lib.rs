@@ -1,1 +1,18 @@
-//! placeholder
+//! The comparison of drowse with its peers, in the order in which a run meets the modules:
+//! [`isolation`] -> [`cpus`] -> [`peers`] -> [`cases`] -> [`report`] -> [`bars`].
+//!
+//! [`client`] and [`backend`] are the two ends of every measurement and speak [`wire`]; [`process`] owns all children,
+//! and [`stats`] the rules by which rounds become figures.
+
+pub mod backend;
+pub mod bars;
+pub mod cases;
+pub mod client;
+pub mod cpus;
+pub mod isolation;
+pub mod peers;
+pub mod process;
+pub mod report;
+pub mod run;
+pub mod stats;
+pub mod wire;

@@ -1,0 +1,340 @@
+//! The cases, and the order in which they are measured.
+//!
+//! Owns: what a case is, and the interleaving of its rounds (A B C A B C ...), so that a slow moment of the machine
+//! hits all peers alike. Must never: repeat a failed measurement until it succeeds.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use hdrhistogram::Histogram;
+
+use crate::cpus::{Layout, started_on};
+use crate::peers::{Peer, Started, Wanted};
+use crate::process::{self, Running, readable_within};
+use crate::report::{Better, Latency, Measurement};
+use crate::stats::Summary;
+use crate::wire::Pattern;
+
+pub mod bulk;
+pub mod cold;
+pub mod idle_flows;
+pub mod request;
+pub mod startup;
+
+/// A backend that takes longer than this beyond its own delay has failed.
+const LISTEN_WITHIN: Duration = Duration::from_secs(10);
+
+/// How much is measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Sizes {
+    /// Before a load counts.
+    pub warm_up_time: Duration,
+    /// While a load counts.
+    pub measured_time: Duration,
+    /// Bytes of a bulk transfer, in each direction.
+    pub bulk_bytes: u64,
+    /// Idle flows.
+    pub idle_flows: usize,
+    /// Cold requests, and starts, of which a round is the median.
+    pub starts_each: usize,
+}
+
+impl Sizes {
+    /// For figures.
+    pub const FULL: Self = Self {
+        warm_up_time: Duration::from_millis(300),
+        measured_time: Duration::from_millis(1500),
+        bulk_bytes: 2 << 30,
+        idle_flows: 9_000,
+        starts_each: 5,
+    };
+    /// For a smoke test.
+    pub const QUICK: Self = Self {
+        warm_up_time: Duration::from_millis(50),
+        measured_time: Duration::from_millis(200),
+        bulk_bytes: 32 << 20,
+        idle_flows: 300,
+        starts_each: 1,
+    };
+}
+
+/// What every case is given.
+pub struct Setting {
+    /// How much is measured.
+    pub sizes: Sizes,
+    /// The processors of each part.
+    pub layout: Layout,
+    /// Files that each process may open.
+    pub files_max: u64,
+    /// Ways from the client to the backend.
+    pub peers: Vec<Box<dyn Peer>>,
+    /// The program under test, when it takes part.
+    pub drowse: Option<PathBuf>,
+    /// Whether this user may load eBPF programs.
+    pub may_load_ebpf: bool,
+    /// This program, which is also the backend.
+    pub this_program: PathBuf,
+    /// The bytes of all streams.
+    pub pattern: Pattern,
+}
+
+/// What one round of one peer gave.
+#[derive(Debug)]
+pub struct Sample {
+    /// The figure, in the case's unit.
+    pub value: f64,
+    /// Latencies, where the case has them, in nanoseconds.
+    pub latency: Option<Histogram<u64>>,
+    /// Figures beside the main one, by name with its unit.
+    pub details: Vec<(&'static str, f64)>,
+}
+
+/// Why a peer cannot take part here, through no fault of its own.
+#[derive(Debug)]
+pub struct Unavailable(pub &'static str);
+
+impl std::fmt::Display for Unavailable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for Unavailable {}
+
+/// One peer in one case.
+pub struct Contestant<'a> {
+    /// The peer's name.
+    pub peer: &'static str,
+    /// Measures one round.
+    pub measure: Box<dyn FnMut() -> Result<Sample> + 'a>,
+}
+
+/// A case with all of its peers.
+pub struct Case<'a> {
+    /// The name, parts divided by `/`.
+    pub name: String,
+    /// The unit of its figures.
+    pub unit: &'static str,
+    /// Which way is better.
+    pub better: Better,
+    /// Who takes part.
+    pub contestants: Vec<Contestant<'a>>,
+}
+
+/// All cases that this setting allows.
+#[must_use]
+pub fn all(setting: &Setting) -> Vec<Case<'_>> {
+    let mut cases = request::cases(setting);
+    cases.extend(bulk::cases(setting));
+    cases.push(idle_flows::case(setting));
+    cases.extend(cold::cases(setting));
+    cases.extend(startup::case(setting));
+    cases
+}
+
+/// What the rounds of one contestant add up to.
+#[derive(Default)]
+struct Tally {
+    rounds: Vec<f64>,
+    details: BTreeMap<&'static str, Vec<f64>>,
+    latency: Option<Histogram<u64>>,
+    failure: Option<String>,
+    unavailable: Option<String>,
+}
+
+impl Tally {
+    fn add(&mut self, outcome: Result<Sample>) {
+        let sample = match outcome {
+            Ok(sample) => sample,
+            Err(err) => {
+                let place = if err.is::<Unavailable>() { &mut self.unavailable } else { &mut self.failure };
+                *place = Some(format!("{err:#}"));
+                return;
+            }
+        };
+        self.rounds.push(sample.value);
+        for (name, value) in sample.details {
+            self.details.entry(name).or_default().push(value);
+        }
+        match (&mut self.latency, sample.latency) {
+            // Both histograms were made with the same bounds, so this cannot fail.
+            (Some(all), Some(more)) => all.add(more).unwrap_or_default(),
+            (all, more) => *all = more.or(all.take()),
+        }
+    }
+}
+
+impl Case<'_> {
+    /// Measures `rounds` rounds of every contestant, interleaved. A contestant that fails is left out of the
+    /// remaining rounds, and its measurement says why.
+    pub fn measure(mut self, rounds: usize, mut progress: impl FnMut(&str)) -> Vec<Measurement> {
+        let mut tallies: Vec<Tally> = self.contestants.iter().map(|_| Tally::default()).collect();
+        for round in 1..=rounds {
+            for (contestant, tally) in self.contestants.iter_mut().zip(&mut tallies) {
+                if tally.failure.is_none() && tally.unavailable.is_none() {
+                    progress(&format!("{}: round {round} of {rounds}: {}", self.name, contestant.peer));
+                    tally.add((contestant.measure)());
+                }
+            }
+        }
+        let contestants = self.contestants.iter().zip(tallies);
+        contestants
+            .map(|(contestant, tally)| Measurement {
+                case: self.name.clone(),
+                peer: contestant.peer.to_owned(),
+                unit: self.unit.to_owned(),
+                better: self.better,
+                summary: Summary::of(&tally.rounds),
+                rounds: tally.rounds,
+                details: tally.details.into_iter().map(|(name, rounds)| (name.to_owned(), rounds)).collect(),
+                latency: tally.latency.as_ref().map(Latency::of),
+                failure: tally.failure,
+                unavailable: tally.unavailable,
+            })
+            .collect()
+    }
+}
+
+/// The backend as a process of its own.
+#[derive(Debug)]
+pub struct Backend {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// When it began to listen: the monotonic time in nanoseconds.
+    pub listened_at_ns: u64,
+    _process: Running,
+}
+
+impl Backend {
+    /// Waits until `process`, started with [`Setting::backend_command`], listens.
+    ///
+    /// # Errors
+    /// When it does not within the deadline.
+    pub fn listening(mut process: Running, listen_delay: Duration) -> Result<Self> {
+        let stdout = process.take_stdout().context("read the backend's stdout")?;
+        let mut line = String::new();
+        if readable_within(&stdout, listen_delay + LISTEN_WITHIN)? {
+            BufReader::new(stdout).read_line(&mut line).context("read the backend's address")?;
+        }
+        let words = line.strip_prefix("listening ").and_then(|rest| rest.trim().split_once(' '));
+        let (address, at) =
+            words.with_context(|| format!("the backend does not listen: {}", process.last_words()))?;
+        let address = address.parse().context("read the backend's address")?;
+        let listened_at_ns = at.parse().context("read the backend's time")?;
+        Ok(Self { address, listened_at_ns, _process: process })
+    }
+}
+
+impl Setting {
+    /// The arguments of the backend.
+    #[must_use]
+    pub fn backend_arguments(listen: SocketAddr, listen_delay: Duration) -> [String; 3] {
+        let delay = humantime::format_duration(listen_delay);
+        ["backend".to_owned(), format!("--listen={listen}"), format!("--listen-delay={delay}")]
+    }
+
+    /// Starts a backend on a free port and `peer` in front of it, shows that bytes pass, and hands both to `measure`.
+    ///
+    /// # Errors
+    /// When one of them does not start, or `measure` fails.
+    pub fn with_peer<T>(
+        &self,
+        peer: &dyn Peer,
+        flows: usize,
+        measure: impl FnOnce(&Started) -> Result<T>,
+    ) -> Result<T> {
+        let mut command = process::command(&self.this_program);
+        command.args(Self::backend_arguments(SocketAddr::from(([127, 0, 0, 1], 0)), Duration::ZERO));
+        command.stdout(Stdio::piped());
+        let process = started_on(&self.layout.backend, || Running::start("backend", command))?;
+        let backend = Backend::listening(process, Duration::ZERO)?;
+        let mut started = peer.start(&Wanted { backend: backend.address, flows, layout: &self.layout })?;
+        let outcome = crate::client::warm_up(started.address, &self.pattern).and_then(|()| measure(&started));
+        started.explain(outcome)
+    }
+
+    /// Starts a backend on `listen` as drowse would: nothing between this process and the backend's exec, and drowse's
+    /// own processors. Returns the time from just before the start until it listened.
+    ///
+    /// # Errors
+    /// When it does not listen.
+    pub fn backend_alone(&self, listen: SocketAddr, listen_delay: Duration) -> Result<Duration> {
+        let mut command = Command::new(&self.this_program);
+        command.args(Self::backend_arguments(listen, listen_delay));
+        process::plain(&mut command);
+        command.stdout(Stdio::piped());
+        started_on(&self.layout.proxy, || {
+            let started_at = drowse::clock::now();
+            let backend = Backend::listening(Running::start("backend", command)?, listen_delay)?;
+            Ok(Duration::from_nanos(backend.listened_at_ns).saturating_sub(started_at))
+        })
+    }
+}
+
+/// A loopback address that is free now. Nothing else binds ports in a namespace of our own.
+///
+/// # Errors
+/// When no port is free.
+pub fn free_address() -> Result<SocketAddr> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").context("find a free port")?;
+    let address = listener.local_addr().context("read a free port")?;
+    ensure!(address.port() != 0, "the kernel named no port");
+    Ok(address)
+}
+
+/// `time` in milliseconds.
+#[must_use]
+pub fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1_000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_are_interleaved_and_a_failed_peer_is_left_out_with_its_reason() {
+        let order = std::cell::RefCell::new(String::new());
+        let contestant = |peer: &'static str, fails_at: usize| Contestant {
+            peer,
+            measure: Box::new({
+                let order = &order;
+                let mut round = 0;
+                move || {
+                    round += 1;
+                    order.borrow_mut().push_str(peer);
+                    ensure!(round != fails_at, "broke");
+                    Ok(Sample { value: 1.0, latency: None, details: vec![("bytes", 2.0)] })
+                }
+            }),
+        };
+        let case = Case {
+            name: "case".to_owned(),
+            unit: "1",
+            better: Better::Higher,
+            contestants: vec![contestant("a", 0), contestant("b", 2)],
+        };
+        let measurements = case.measure(3, |_| {});
+        assert_eq!(*order.borrow(), "ababa");
+        assert_eq!(measurements[0].rounds, [1.0; 3]);
+        assert_eq!(measurements[0].details["bytes"], [2.0; 3]);
+        assert!(measurements[0].failure.is_none());
+        assert_eq!(measurements[1].rounds, [1.0]);
+        assert_eq!(measurements[1].failure.as_deref(), Some("broke"));
+    }
+
+    #[test]
+    fn a_peer_that_is_not_available_has_not_failed() {
+        let measure = || Err(anyhow::Error::new(Unavailable("not built")));
+        let contestants = vec![Contestant { peer: "a", measure: Box::new(measure) }];
+        let case = Case { name: "case".to_owned(), unit: "1", better: Better::Higher, contestants };
+        let measurements = case.measure(2, |_| {});
+        assert_eq!(measurements[0].unavailable.as_deref(), Some("not built"));
+        assert!(measurements[0].failure.is_none() && measurements[0].rounds.is_empty());
+    }
+}
