@@ -183,7 +183,7 @@ fn impossible_unit(word: &str, prepare: impl FnOnce(&Installation) -> Result<()>
 
 #[test]
 fn a_unit_that_is_not_there_is_named_and_waited_for() -> Result<()> {
-    impossible_unit("not found", |_| Ok(()))
+    impossible_unit("not-found", |_| Ok(()))
 }
 
 #[test]

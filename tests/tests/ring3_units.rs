@@ -1,10 +1,12 @@
 //! The shipped units as such: how tight the sandbox is, and the user manager's variant.
 
+use std::fs;
 use std::net::{Ipv4Addr, TcpStream};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use drowse_tests::deadline::eventually;
-use drowse_tests::service::{SOON, ask, http_get, with_deadline, with_drowse};
+use drowse_tests::service::{SOON, ask, http_get, numbered, with_deadline, with_drowse};
 use drowse_tests::workspace;
 
 const ECHO: &str = env!("CARGO_BIN_EXE_echo-backend");
@@ -20,6 +22,32 @@ fn the_sandbox_stays_tight() -> Result<()> {
         let figure = report.lines().last().unwrap_or_default();
         println!("{figure}");
         ensure!(output.status.success() && figure.contains("Overall exposure level"), "{report}");
+        Ok(())
+    })
+}
+
+/// The listen hook is there only while the backend starts, and so are the pins of its maps.
+#[test]
+fn ebpf_works_inside_the_sandbox() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        installation.echo("--delay-ms 4000", "DROWSE_LOG_LEVEL=debug")?;
+        let held = installation.connect()?;
+        let pins = installation.systemd.path("/sys/fs/bpf/drowse/echo");
+        eventually(
+            "pinned maps (was the object built? cargo xtask build-ebpf)",
+            Duration::from_secs(2),
+            || {
+                let entries = fs::read_dir(&pins).map(Iterator::count);
+                Ok((entries.unwrap_or(0) > 0).then_some(()))
+            },
+        )?;
+        ask(held)?;
+        let lines = installation.systemd.lines_of("drowse@echo.service")?;
+        ensure!(
+            lines.iter().any(|line| line.contains("the listen hook is attached")),
+            "{}",
+            numbered(&lines)
+        );
         Ok(())
     })
 }
