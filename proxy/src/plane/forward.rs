@@ -1,0 +1,214 @@
+//! The planes `copy` and `splice`: worker threads that move the bytes of flows in user space.
+//!
+//! Owns: the threads, and which of them gets a flow. Must never: block its caller, or lose count of a flow.
+//! A worker shares nothing with another but the inbox: an mpsc channel and an eventfd, used when a flow opens and
+//! for the rare commands, so no lock is on the path of a byte. Two workers are enough for most machines: one that
+//! is busy spends its time in the kernel's TCP, not here.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::mpsc::{self, Sender};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use self::flow::{LiveFlow, Ticket};
+use self::worker::Worker;
+use super::{Flow, Plane};
+use crate::accounting::Accounting;
+
+mod direction;
+mod flow;
+mod worker;
+
+/// How the bytes are moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Through a buffer of the worker, always.
+    Copy,
+    /// Small bursts through the buffer, bulk through a pipe inside the kernel.
+    Splice,
+}
+
+/// What a worker is asked to do.
+#[derive(Debug)]
+enum Command {
+    Open(Box<LiveFlow>),
+    ResetAll,
+    CloseSilent(Duration),
+    #[cfg(test)]
+    Panic,
+}
+
+/// The way to a worker thread.
+#[derive(Debug)]
+struct Inbox {
+    /// Taken away to end the thread.
+    commands: Option<Sender<Command>>,
+    wake: Arc<OwnedFd>,
+    /// Flows that the worker has, to give the next one to the least loaded.
+    load: Arc<AtomicUsize>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Inbox {
+    /// A command that the worker can no longer take is dropped, and a flow in it is reset and counted.
+    fn send(&self, command: Command) {
+        if let Some(commands) = &self.commands
+            && commands.send(command).is_ok()
+        {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        // It fails only when 2^64 - 2 wake-ups were counted.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+}
+
+/// A plane made of worker threads. When it is dropped, the threads end and open flows are reset.
+#[derive(Debug)]
+pub struct Forward {
+    mode: Mode,
+    accounting: Arc<Accounting>,
+    workers: Vec<Inbox>,
+}
+
+impl Forward {
+    /// Starts `workers` threads. `accounting` must have counters for as many.
+    ///
+    /// # Errors
+    /// No worker or too few counters were asked for, or the threads, their epoll or eventfd cannot be had.
+    pub fn new(mode: Mode, workers: usize, accounting: Arc<Accounting>) -> io::Result<Self> {
+        if workers == 0 || accounting.worker(workers - 1).is_none() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "{workers} forwarding workers asked for, at least one and as many counters are needed"
+                ),
+            ));
+        }
+        let mut plane = Self { mode, accounting, workers: Vec::with_capacity(workers) };
+        for index in 0..workers {
+            let (commands, receiver) = mpsc::channel();
+            let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+            let worker = Worker::new(&wake, receiver, mode)?;
+            let thread =
+                std::thread::Builder::new().name(format!("forward-{index}")).spawn(move || worker.run())?;
+            plane.workers.push(Inbox {
+                commands: Some(commands),
+                wake,
+                load: Arc::default(),
+                thread: Some(thread),
+            });
+        }
+        Ok(plane)
+    }
+}
+
+impl Plane for Forward {
+    fn name(&self) -> &'static str {
+        match self.mode {
+            Mode::Copy => "copy",
+            Mode::Splice => "splice",
+        }
+    }
+
+    fn open(&self, flow: Flow) {
+        let least = self.workers.iter().enumerate().min_by_key(|(_, inbox)| inbox.load.load(Relaxed));
+        if let Some((index, inbox)) = least {
+            let ticket = Ticket::new(Arc::clone(&self.accounting), index, Arc::clone(&inbox.load));
+            inbox.send(Command::Open(Box::new(LiveFlow::new(flow, ticket))));
+        }
+    }
+
+    fn reset_all(&self) {
+        for inbox in &self.workers {
+            inbox.send(Command::ResetAll);
+        }
+    }
+
+    fn close_silent(&self, silent_for: Duration) {
+        for inbox in &self.workers {
+            inbox.send(Command::CloseSilent(silent_for));
+        }
+    }
+}
+
+impl Drop for Forward {
+    fn drop(&mut self) {
+        for inbox in &mut self.workers {
+            inbox.commands = None;
+            inbox.wake();
+        }
+        for inbox in &mut self.workers {
+            if let Some(thread) = inbox.thread.take() {
+                // A worker catches its own panics.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    fn tcp_pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (near, listener.accept().unwrap().0)
+    }
+
+    fn open(plane: &Forward) -> (TcpStream, TcpStream) {
+        let (client, accepted) = tcp_pair();
+        let (connected, backend) = tcp_pair();
+        for socket in [&client, &backend] {
+            socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        }
+        plane.open(Flow { client: accepted.into(), backend: connected.into() });
+        (client, backend)
+    }
+
+    #[test]
+    fn a_panic_resets_the_workers_flows_and_the_next_flow_works() {
+        let accounting = Accounting::new(1);
+        let plane = Forward::new(Mode::Splice, 1, Arc::clone(&accounting)).unwrap();
+        let (mut client, mut backend) = open(&plane);
+        client.write_all(b"a").unwrap();
+        backend.read_exact(&mut [0]).unwrap();
+        plane.workers[0].send(Command::Panic);
+        assert_eq!(client.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+        assert_eq!(backend.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+        let (mut client, mut backend) = open(&plane);
+        client.write_all(b"b").unwrap();
+        backend.read_exact(&mut [0]).unwrap();
+        assert_eq!(accounting.totals().flows_total, 2);
+        assert_eq!(accounting.totals().flows_open, 1);
+    }
+
+    #[test]
+    fn a_dead_worker_resets_what_it_is_given() {
+        let accounting = Accounting::new(1);
+        let mut plane = Forward::new(Mode::Copy, 1, Arc::clone(&accounting)).unwrap();
+        plane.workers[0].commands = Some(mpsc::channel().0);
+        plane.workers[0].wake();
+        let (mut client, _backend) = open(&plane);
+        assert_eq!(client.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+        assert_eq!(accounting.totals().flows_open, 0);
+        assert_eq!(accounting.totals().flows_total, 1);
+    }
+
+    #[test]
+    fn counters_for_every_worker_are_asked_for() {
+        assert!(Forward::new(Mode::Copy, 0, Accounting::new(1)).is_err());
+        assert!(Forward::new(Mode::Copy, 2, Accounting::new(1)).is_err());
+    }
+}

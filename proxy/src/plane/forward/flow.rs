@@ -1,0 +1,250 @@
+//! The life of a flow: open, and one of three ends (both FINs passed on, a reset passed on, closed for silence).
+//!
+//! Owns: when a flow is over and how its sockets are closed. Must never: end a flow with a FIN when a byte of it
+//! was lost; whatever ends it in an unforeseen way is a reset, which is what `Drop` does.
+//! Rests on: a RST leaves the receive queue readable (`tcp_reset`), and a close with `SO_LINGER` zero throws the
+//! send queue away. So the last answer of a peer that resets is read, and drained, before the reset is passed on.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+
+use rustix::event::epoll::EventFlags;
+
+use super::direction::{Direction, End, Tools};
+use crate::accounting::{Accounting, Counters};
+use crate::clock::{self, Monotonic};
+use crate::plane::Flow;
+
+/// How long the last bytes before a reset may take. A peer hears of a reset within a second.
+const RESET_WAIT: Duration = Duration::from_millis(500);
+
+/// How long the peers of a silent flow have to answer our FINs.
+const FIN_WAIT: Duration = Duration::from_secs(1);
+
+/// The flow's entry in the counters: counted open from `new` to `Drop`.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    accounting: Arc<Accounting>,
+    worker: usize,
+    load: Arc<AtomicUsize>,
+}
+
+impl Ticket {
+    pub(super) fn new(accounting: Arc<Accounting>, worker: usize, load: Arc<AtomicUsize>) -> Self {
+        load.fetch_add(1, Relaxed);
+        let ticket = Self { accounting, worker, load };
+        if let Some(counters) = ticket.counters() {
+            counters.opened(clock::now());
+        }
+        ticket
+    }
+
+    fn counters(&self) -> Option<&Counters> {
+        self.accounting.worker(self.worker)
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.load.fetch_sub(1, Relaxed);
+        if let Some(counters) = self.counters() {
+            counters.closed(clock::now());
+        }
+        self.accounting.flows_closed.notify_one();
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Bytes travel.
+    Open,
+    /// A reset is to be passed on, once the last bytes are drained or at this time.
+    Resetting(Monotonic),
+    /// Both sides were sent a FIN; over when both have answered, or at this time.
+    Silenced(Monotonic),
+}
+
+/// What a flow needs after its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Nothing before the next event.
+    Idle,
+    /// Another turn soon.
+    More,
+    /// It has ended: drop it.
+    Over,
+}
+
+/// Which of a flow's two sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Side {
+    Client,
+    Backend,
+}
+
+/// A flow in the hands of a worker.
+#[derive(Debug)]
+pub(super) struct LiveFlow {
+    client: End,
+    backend: End,
+    to_backend: Direction,
+    to_client: Direction,
+    phase: Phase,
+    last_activity: Monotonic,
+    /// Whether it waits for another turn.
+    pub(super) queued: bool,
+    /// Both sockets may be closed without a reset.
+    clean: bool,
+    /// Dropped after the sockets, so that a flow that is counted closed is closed.
+    ticket: Ticket,
+}
+
+impl LiveFlow {
+    pub(super) fn new(flow: Flow, ticket: Ticket) -> Self {
+        Self {
+            client: End::new(flow.client),
+            backend: End::new(flow.backend),
+            to_backend: Direction::new(),
+            to_client: Direction::new(),
+            phase: Phase::Open,
+            last_activity: clock::now(),
+            queued: false,
+            clean: false,
+            ticket,
+        }
+    }
+
+    /// Both sockets, made fit for a worker.
+    pub(super) fn prepare(&self) -> rustix::io::Result<()> {
+        self.client.prepare()?;
+        self.backend.prepare()
+    }
+
+    pub(super) fn end(&self, side: Side) -> &End {
+        match side {
+            Side::Client => &self.client,
+            Side::Backend => &self.backend,
+        }
+    }
+
+    /// Takes note of an event on one socket.
+    pub(super) fn note(&mut self, side: Side, flags: EventFlags) {
+        match side {
+            Side::Client => self.client.note(flags, self.to_client.shut),
+            Side::Backend => self.backend.note(flags, self.to_backend.shut),
+        }
+    }
+
+    /// Whether bytes still travel; else the flow wants a turn every few milliseconds.
+    pub(super) fn is_open(&self) -> bool {
+        self.phase == Phase::Open
+    }
+
+    /// Moves what can be moved and draws the conclusions.
+    pub(super) fn turn(&mut self, tools: &mut Tools) -> Turn {
+        let more = self.pump(tools);
+        match self.phase {
+            Phase::Open if self.client.reset || self.backend.reset => {
+                self.phase = Phase::Resetting(tools.now + RESET_WAIT);
+                // The other direction may have more to say now that its peer is known to be dead.
+                self.pump(tools);
+                self.resetting(tools, tools.now + RESET_WAIT)
+            }
+            Phase::Open if self.to_backend.is_done() && self.to_client.is_done() => {
+                self.clean = true;
+                Turn::Over
+            }
+            Phase::Open if more => Turn::More,
+            Phase::Open => Turn::Idle,
+            Phase::Resetting(until) => self.resetting(tools, until),
+            Phase::Silenced(until) => self.silenced(tools, until),
+        }
+    }
+
+    /// Both sides get a reset as soon as what we hold for them is sent.
+    pub(super) fn condemn(&mut self, now: Monotonic) {
+        self.to_backend.condemn();
+        self.to_client.condemn();
+        if !matches!(self.phase, Phase::Resetting(_)) {
+            self.phase = Phase::Resetting(now + RESET_WAIT);
+        }
+    }
+
+    /// Closes the flow, FIN first, if it moved no byte for `silent_for`; bytes that just arrived count. When
+    /// something waits to be sent to a peer that takes nothing, a FIN would be a lie: that flow is reset.
+    pub(super) fn close_silent(&mut self, silent_for: Duration, tools: &mut Tools) {
+        if !self.is_open() || tools.now.saturating_sub(self.last_activity) < silent_for {
+            return;
+        }
+        self.client.readable = true;
+        self.backend.readable = true;
+        self.pump(tools);
+        if self.client.reset || self.backend.reset || self.last_activity == tools.now {
+            return;
+        }
+        if !self.to_backend.is_flushed() || !self.to_client.is_flushed() {
+            self.condemn(tools.now);
+            return;
+        }
+        self.to_backend.ended = true;
+        self.to_client.ended = true;
+        self.phase = Phase::Silenced(tools.now + FIN_WAIT);
+    }
+
+    /// Gives back what the flow borrowed.
+    pub(super) fn release(&mut self, tools: &mut Tools) {
+        self.to_backend.release(&mut tools.pipes);
+        self.to_client.release(&mut tools.pipes);
+    }
+
+    fn pump(&mut self, tools: &mut Tools) -> bool {
+        let there = self.to_backend.pump(&mut self.client, &mut self.backend, tools);
+        let back = self.to_client.pump(&mut self.backend, &mut self.client, tools);
+        if let Some(counters) = self.ticket.counters() {
+            if there.bytes > 0 {
+                counters.to_backend(there.bytes, tools.now);
+            }
+            if back.bytes > 0 {
+                counters.to_client(back.bytes, tools.now);
+            }
+        }
+        if there.bytes + back.bytes > 0 {
+            self.last_activity = tools.now;
+        }
+        there.more || back.more
+    }
+
+    /// Over when each living side has acknowledged all that it will get, or when it has had time enough.
+    fn resetting(&self, tools: &Tools, until: Monotonic) -> Turn {
+        let drained = |end: &End, inbound: &Direction| {
+            end.reset || (inbound.ended && inbound.is_flushed() && end.unsent_bytes() == 0)
+        };
+        let drained = drained(&self.client, &self.to_client) && drained(&self.backend, &self.to_backend);
+        if drained || tools.now >= until {
+            return Turn::Over;
+        }
+        let more = (self.client.readable && self.backend.writable && !self.to_backend.ended)
+            || (self.backend.readable && self.client.writable && !self.to_client.ended);
+        if more { Turn::More } else { Turn::Idle }
+    }
+
+    /// What the peers say after our FIN can go nowhere.
+    fn silenced(&mut self, tools: &mut Tools, until: Monotonic) -> Turn {
+        let more = self.client.discard(tools) | self.backend.discard(tools);
+        if (self.client.finished && self.backend.finished) || tools.now >= until {
+            self.clean = true;
+            return Turn::Over;
+        }
+        if more { Turn::More } else { Turn::Idle }
+    }
+}
+
+impl Drop for LiveFlow {
+    fn drop(&mut self) {
+        if !self.clean {
+            self.client.close_with_reset();
+            self.backend.close_with_reset();
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! One worker: a thread with an epoll of its own, and the flows that it was given.
+//!
+//! Owns: the loop, whose turn it is, the clock of the wake-up. Must never: block but in epoll, or share a flow.
+//! Rests on: a socket is registered once, edge-triggered; an edge that comes while a flow has its turn is reported
+//! at the next wait, epoll(7). The eventfd is never read: each write is an edge of its own.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Duration;
+
+use anyhow::Context;
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::io::Errno;
+use rustix::time::Timespec;
+use tracing::{error, warn};
+
+use super::direction::Tools;
+use super::flow::{LiveFlow, Side, Turn};
+use super::{Command, Mode};
+use crate::clock::{self, Monotonic};
+
+/// Events that one wait returns at most.
+const EVENTS_MAX: usize = 256;
+
+/// How often flows that are being reset or closed are looked at.
+const TICK: Duration = Duration::from_millis(5);
+
+/// The eventfd's mark among the events; no flow gets this number.
+const WAKE: u64 = u64::MAX;
+
+/// What a worker thread owns for as long as it lives.
+#[derive(Debug)]
+pub(super) struct Worker {
+    pub(super) epoll: OwnedFd,
+    pub(super) commands: Receiver<Command>,
+    pub(super) mode: Mode,
+}
+
+impl Worker {
+    /// A worker that hears of its commands through `wake`.
+    pub(super) fn new(
+        wake: &Arc<OwnedFd>,
+        commands: Receiver<Command>,
+        mode: Mode,
+    ) -> rustix::io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, wake, EventData::new_u64(WAKE), EventFlags::IN | EventFlags::ET)?;
+        Ok(Self { epoll, commands, mode })
+    }
+
+    /// Works until the commands' sender is gone. A panic resets the worker's flows, and it starts anew.
+    pub(super) fn run(&self) {
+        loop {
+            match catch_unwind(AssertUnwindSafe(|| Table::new(self).serve())) {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => {
+                    error!("forwarding worker stops, its flows are reset: {error:#}");
+                    return;
+                }
+                Err(_) => error!("forwarding worker panicked, its flows are reset; this is a bug in drowse"),
+            }
+        }
+    }
+}
+
+/// The flows of a worker. Numbers are never used twice, so an event that comes late finds nothing.
+struct Table<'a> {
+    worker: &'a Worker,
+    flows: HashMap<u64, LiveFlow>,
+    next_id: u64,
+    /// Flows that stopped for fairness.
+    queue: Vec<u64>,
+    /// Flows that are being reset or closed, and when they are looked at next.
+    ending: Vec<u64>,
+    next_tick: Monotonic,
+    tools: Tools,
+}
+
+impl<'a> Table<'a> {
+    fn new(worker: &'a Worker) -> Self {
+        Self {
+            worker,
+            flows: HashMap::new(),
+            next_id: 0,
+            queue: Vec::new(),
+            ending: Vec::new(),
+            next_tick: Monotonic::ZERO,
+            tools: Tools::new(worker.mode),
+        }
+    }
+
+    fn serve(&mut self) -> anyhow::Result<()> {
+        let mut events = Vec::with_capacity(EVENTS_MAX);
+        // Commands that came before a panic are not announced again.
+        let mut woken = true;
+        loop {
+            if woken && !self.obey() {
+                return Ok(());
+            }
+            woken = false;
+            match epoll::wait(&self.worker.epoll, spare_capacity(&mut events), self.timeout().as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno).context("wait for events"),
+            }
+            self.tools.now = clock::now();
+            let queue = std::mem::take(&mut self.queue);
+            for event in events.drain(..) {
+                let (data, flags) = (event.data, event.flags);
+                woken |= data.u64() == WAKE;
+                self.event(data.u64(), flags);
+            }
+            for id in queue {
+                if let Some(flow) = self.flows.get_mut(&id) {
+                    flow.queued = false;
+                }
+                self.turn(id);
+            }
+            self.tick();
+        }
+    }
+
+    fn timeout(&self) -> Option<Timespec> {
+        let wait = if !self.queue.is_empty() {
+            Duration::ZERO
+        } else if !self.ending.is_empty() {
+            TICK
+        } else {
+            return None;
+        };
+        Timespec::try_from(wait).ok()
+    }
+
+    fn event(&mut self, data: u64, flags: EventFlags) {
+        let id = data >> 1;
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        flow.note(if data & 1 == 0 { Side::Client } else { Side::Backend }, flags);
+        self.turn(id);
+    }
+
+    fn turn(&mut self, id: u64) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let was_open = flow.is_open();
+        match flow.turn(&mut self.tools) {
+            Turn::Over => {
+                flow.release(&mut self.tools);
+                self.flows.remove(&id);
+                return;
+            }
+            Turn::More if !flow.queued => {
+                flow.queued = true;
+                self.queue.push(id);
+            }
+            Turn::More | Turn::Idle => {}
+        }
+        if was_open && !flow.is_open() {
+            self.ending.push(id);
+        }
+    }
+
+    /// Looks at the flows that wait for a queue to drain, which no event tells, or for time to pass.
+    fn tick(&mut self) {
+        if self.ending.is_empty() || self.tools.now < self.next_tick {
+            return;
+        }
+        self.next_tick = self.tools.now + TICK;
+        for id in std::mem::take(&mut self.ending) {
+            self.turn(id);
+            if self.flows.contains_key(&id) {
+                self.ending.push(id);
+            }
+        }
+    }
+
+    /// Carries out what was asked for. Returns whether to go on.
+    fn obey(&mut self) -> bool {
+        self.tools.now = clock::now();
+        loop {
+            match self.worker.commands.try_recv() {
+                Ok(Command::Open(flow)) => self.adopt(*flow),
+                Ok(Command::ResetAll) => self.for_each(|flow, tools| flow.condemn(tools.now)),
+                Ok(Command::CloseSilent(silent_for)) => {
+                    self.for_each(|flow, tools| flow.close_silent(silent_for, tools));
+                }
+                #[cfg(test)]
+                Ok(Command::Panic) => panic!("asked for by a test"),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    /// Does something to every flow and lets it draw its conclusions.
+    fn for_each(&mut self, act: impl Fn(&mut LiveFlow, &mut Tools)) {
+        let ids: Vec<u64> = self.flows.keys().copied().collect();
+        for id in ids {
+            let Some(flow) = self.flows.get_mut(&id) else { continue };
+            let was_open = flow.is_open();
+            act(flow, &mut self.tools);
+            if was_open && !flow.is_open() {
+                self.ending.push(id);
+            }
+            self.turn(id);
+        }
+    }
+
+    /// Registers a flow. Bytes that are there already are the first events.
+    fn adopt(&mut self, flow: LiveFlow) {
+        let id = self.next_id;
+        self.next_id += 1;
+        match self.register(id, &flow) {
+            Ok(()) => {
+                self.flows.insert(id, flow);
+            }
+            Err(errno) => warn!("reset a flow that could not be registered with epoll: {errno}"),
+        }
+    }
+
+    fn register(&self, id: u64, flow: &LiveFlow) -> rustix::io::Result<()> {
+        flow.prepare()?;
+        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::PRI | EventFlags::ET;
+        for (side, bit) in [(Side::Client, 0), (Side::Backend, 1)] {
+            epoll::add(&self.worker.epoll, &flow.end(side).socket, EventData::new_u64(id << 1 | bit), flags)?;
+        }
+        Ok(())
+    }
+}
