@@ -16,7 +16,14 @@ use crate::plane::copy::{self, Received, Sent};
 use crate::plane::splice::{Filled, Pipe, PipePool};
 
 /// Bytes of a worker's buffer: the most that one `recv` takes, and the most that a direction keeps back.
-pub(super) const BUFFER_BYTES: usize = 64 * 1024;
+const BUFFER_BYTES: usize = 128 * 1024;
+
+/// From so many bytes at once a burst is bulk, and `splice` costs less than `recv` and `send`. Measured on loopback:
+/// with 16 KiB a GiB costs 78 ms of CPU, with 64 KiB 96 ms, with copying alone 200 to 300 ms.
+const BULK_BYTES: usize = 16 * 1024;
+
+/// Bytes that one direction may move before others have their turn.
+const TURN_BYTES: usize = 512 * 1024;
 
 /// Reads of bytes that nobody wants, in one turn.
 const DISCARDS_A_TURN: usize = 16;
@@ -27,6 +34,7 @@ pub(super) struct Tools {
     pub(super) mode: Mode,
     pub(super) buffer: Box<[u8]>,
     pub(super) pipes: PipePool,
+    turn_bytes: usize,
     /// The time of the wake-up.
     pub(super) now: Monotonic,
 }
@@ -141,7 +149,7 @@ pub(super) struct Direction {
     pub(super) ended: bool,
     /// The FIN was passed on, or need not be.
     pub(super) shut: bool,
-    /// The last read filled the buffer: the next bytes go through a pipe.
+    /// The last read was a big one: the next bytes go through a pipe.
     bulk: bool,
 }
 
@@ -185,7 +193,7 @@ impl Direction {
             if !from.readable || !to.writable {
                 return Pumped { bytes, more: false };
             }
-            if bytes >= tools.turn_bytes() {
+            if bytes >= tools.turn_bytes {
                 return Pumped { bytes, more: true };
             }
             let pipe = if self.bulk { tools.pipes.take() } else { None };
@@ -254,8 +262,11 @@ impl Direction {
 
     /// One `recv` and one `send`. Returns the bytes sent.
     fn copy(&mut self, from: &mut End, to: &mut End, tools: &mut Tools) -> usize {
-        let received = match copy::receive(&from.socket, &mut tools.buffer) {
-            Received::Bytes(count) => tools.buffer.get(..count).unwrap_or_default(),
+        let size = if tools.mode == Mode::Copy || self.bulk { BUFFER_BYTES } else { BULK_BYTES };
+        let size = size.min(tools.buffer.len());
+        let buffer = tools.buffer.get_mut(..size).unwrap_or_default();
+        let received = match copy::receive(&from.socket, buffer) {
+            Received::Bytes(count) => buffer.get(..count).unwrap_or_default(),
             Received::Nothing => {
                 from.readable = false;
                 return 0;
@@ -270,9 +281,8 @@ impl Direction {
                 return 0;
             }
         };
-        let filled = received.len() == tools.buffer.len();
-        from.readable = filled || from.eager;
-        self.bulk = filled && tools.mode == Mode::Splice;
+        from.readable = received.len() == size || from.eager;
+        self.bulk = received.len() >= BULK_BYTES && tools.mode == Mode::Splice;
         let sent = match copy::send(&to.socket, received) {
             Sent::Bytes(count) => count,
             Sent::NoRoom => 0,
@@ -293,12 +303,13 @@ impl Direction {
     fn splice(&mut self, mut pipe: Pipe, from: &mut End, pipes: &mut PipePool) {
         match pipe.fill_from(&from.socket) {
             Filled::Bytes(count) => {
-                self.bulk = count >= BUFFER_BYTES;
+                self.bulk = count >= BULK_BYTES;
                 self.pending = Pending::Piped(pipe);
                 return;
             }
-            Filled::Nothing => from.readable = false,
-            Filled::Unclear => self.bulk = false,
+            Filled::Nothing if !from.eager => from.readable = false,
+            // At urgent data a socket says EAGAIN however much is queued (`tcp_splice_read`).
+            Filled::Nothing | Filled::Unclear => self.bulk = false,
             Filled::Reset => {
                 from.mark_reset();
                 self.ended = true;
@@ -311,11 +322,58 @@ impl Direction {
 impl Tools {
     pub(super) fn new(mode: Mode) -> Self {
         let buffer = vec![0; BUFFER_BYTES].into_boxed_slice();
-        Self { mode, buffer, pipes: PipePool::default(), now: Monotonic::ZERO }
+        Self { mode, buffer, pipes: PipePool::default(), turn_bytes: TURN_BYTES, now: Monotonic::ZERO }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_turn_is_bounded_and_goes_on_where_it_stopped() {
+        for mode in [Mode::Copy, Mode::Splice] {
+            let (mut sender, from) = UnixStream::pair().unwrap();
+            let (to, mut receiver) = UnixStream::pair().unwrap();
+            let (mut from, mut to) = (End::new(from.into()), End::new(to.into()));
+            from.note(EventFlags::IN, false);
+            let mut tools = Tools::new(mode);
+            tools.turn_bytes = 1000;
+            tools.buffer = vec![0; 100].into_boxed_slice();
+            sender.write_all(&[1; 2500]).unwrap();
+            let mut direction = Direction::new();
+            let turns: Vec<Pumped> = (0..3).map(|_| direction.pump(&mut from, &mut to, &mut tools)).collect();
+            assert_eq!(turns[0], Pumped { bytes: 1000, more: true });
+            assert_eq!(turns[1], Pumped { bytes: 1000, more: true });
+            assert_eq!(turns[2], Pumped { bytes: 500, more: false });
+            receiver.read_exact(&mut [0; 2500]).unwrap();
+        }
     }
 
-    /// The bytes that one direction may move before others have their turn.
-    fn turn_bytes(&self) -> usize {
-        self.buffer.len() * 8
+    #[test]
+    fn nothing_is_read_while_something_waits() {
+        let (mut sender, from) = UnixStream::pair().unwrap();
+        let (to, mut receiver) = UnixStream::pair().unwrap();
+        let (mut from, mut to) = (End::new(from.into()), End::new(to.into()));
+        from.note(EventFlags::IN, false);
+        to.prepare().unwrap();
+        while let Sent::Bytes(_) = copy::send(&to.socket, &[0; 4096]) {}
+        let mut tools = Tools::new(Mode::Copy);
+        let mut direction = Direction::new();
+        sender.write_all(b"first").unwrap();
+        assert_eq!(direction.pump(&mut from, &mut to, &mut tools), Pumped::default());
+        assert!(!direction.is_flushed() && !to.writable);
+        sender.write_all(b"second").unwrap();
+        from.note(EventFlags::IN, false);
+        assert_eq!(direction.pump(&mut from, &mut to, &mut tools), Pumped::default());
+        assert_eq!(rustix::io::ioctl_fionread(&from.socket), Ok(6), "left in the socket");
+        receiver.set_nonblocking(true).unwrap();
+        while receiver.read(&mut [0; 4096]).is_ok() {}
+        to.note(EventFlags::OUT, false);
+        assert_eq!(direction.pump(&mut from, &mut to, &mut tools).bytes, 11);
+        assert!(direction.is_flushed());
     }
 }
