@@ -147,7 +147,7 @@ impl EventLoop {
             probe: None,
             look: None,
             hook: Hook::Unused,
-            notifier: Notifier::default(),
+            notifier: Notifier::new(),
             status_due: None,
             watchdog,
             terminate: signal(SignalKind::terminate()).context("watch for SIGTERM")?,
@@ -297,10 +297,8 @@ impl EventLoop {
     }
 
     fn hold(&mut self, client: Socket) {
-        let (gate, run) = (Arc::clone(&self.gate), Arc::clone(&self.run));
-        self.clients.push(Box::pin(async move {
-            pairing::hold(client, &gate, &run.backend, run.proxy_protocol).await
-        }));
+        let held = pairing::hold(client, Arc::clone(&self.gate), Arc::clone(&self.run));
+        self.clients.push(Box::pin(held));
     }
 
     /// The end of the last look: the accept queues are looked at after the busy command has had its say.

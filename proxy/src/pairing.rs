@@ -5,7 +5,7 @@
 
 use std::future::Future;
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ppp::{v1, v2};
@@ -18,7 +18,7 @@ use tokio::sync::watch;
 
 use crate::address::Address;
 use crate::clock::{self, Monotonic};
-use crate::config::ProxyProtocol;
+use crate::config::{ProxyProtocol, RunArgs};
 use crate::plane::Flow;
 use crate::sys;
 
@@ -33,6 +33,13 @@ struct Opening {
     open: bool,
     /// Clients of an earlier epoch are reset.
     epoch: u64,
+}
+
+impl Opening {
+    /// Whether a client of `epoch` has to wait on.
+    fn waits(&self, epoch: u64) -> bool {
+        !self.open && self.epoch == epoch
+    }
 }
 
 /// Lets held clients through to the backend, or turns them away.
@@ -79,17 +86,13 @@ impl Gate {
     }
 }
 
-/// Holds `client` until the gate opens, then connects it to `backend`.
-pub fn hold(
-    client: Socket,
-    gate: &Gate,
-    backend: &Address,
-    header: Option<ProxyProtocol>,
-) -> impl Future<Output = Outcome> {
+/// Holds `client` from this moment until the gate opens, then connects it to the backend.
+pub fn hold(client: Socket, gate: Arc<Gate>, run: Arc<RunArgs>) -> impl Future<Output = Outcome> + use<> {
     let mut opening = gate.opening.subscribe();
+    // Taken now, not when the future is first polled: whoever is turned away meanwhile must hear of it.
     let epoch = opening.borrow().epoch;
     async move {
-        if !opening.borrow_and_update().open {
+        if opening.borrow_and_update().waits(epoch) {
             let watched = match sys::watch(client, Interest::ERROR) {
                 Ok(watched) => watched,
                 Err(error) => {
@@ -99,12 +102,12 @@ pub fn hold(
             };
             tokio::select! {
                 biased;
-                _ = opening.wait_for(|now| now.open || now.epoch != epoch) => {}
+                _ = opening.wait_for(|now| !now.waits(epoch)) => {}
                 _ = watched.ready(Interest::ERROR) => return Outcome::Left,
             }
-            return pair(watched.into_inner(), gate, &opening, epoch, backend, header).await;
+            return pair(watched.into_inner(), &gate, &opening, epoch, &run).await;
         }
-        pair(client, gate, &opening, epoch, backend, header).await
+        pair(client, &gate, &opening, epoch, &run).await
     }
 }
 
@@ -113,8 +116,7 @@ async fn pair(
     gate: &Gate,
     opening: &watch::Receiver<Opening>,
     epoch: u64,
-    backend: &Address,
-    header: Option<ProxyProtocol>,
+    run: &RunArgs,
 ) -> Outcome {
     if opening.borrow().epoch != epoch {
         reset(client);
@@ -122,13 +124,13 @@ async fn pair(
     }
     let connected = match gate.take_scout() {
         Some(scout) => Ok(scout),
-        None => connect(backend).await,
+        None => connect(&run.backend).await,
     };
     if opening.borrow().epoch != epoch {
         reset(client);
         return Outcome::TurnedAway;
     }
-    match connected.and_then(|socket| introduce(socket, &client, header)) {
+    match connected.and_then(|socket| introduce(socket, &client, run.proxy_protocol)) {
         Ok(socket) => Outcome::Paired(Flow { client: client.into(), backend: socket.into() }),
         Err(error) => Outcome::Refused(client, error),
     }

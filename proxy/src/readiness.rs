@@ -76,7 +76,11 @@ impl Hints {
     }
 
     fn pause(&self, waited: Duration) -> Duration {
-        if self.hooked.load(Relaxed) { RETRY_HOOKED } else { (waited / RETRY_PART).clamp(RETRY_MIN, RETRY_MAX) }
+        if self.hooked.load(Relaxed) {
+            RETRY_HOOKED
+        } else {
+            (waited / RETRY_PART).clamp(RETRY_MIN, RETRY_MAX)
+        }
     }
 }
 

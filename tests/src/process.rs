@@ -20,7 +20,7 @@ use crate::deadline::eventually;
 use crate::drowse_binary;
 
 /// Long enough for anything that must happen, on a machine that is busy with other tests.
-pub const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(10);
 /// The port that tests let drowse listen on.
 pub const PUBLIC_PORT: u16 = 8080;
 /// The port that tests give to backends.

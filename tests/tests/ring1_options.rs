@@ -59,7 +59,9 @@ fn several_listeners_of_every_family_are_served() -> Result<()> {
     let mut client = UnixStream::connect(&path)?;
     client.write_all(b"unix")?;
     client.read_exact(&mut [0; 4])?;
-    let address = <std::os::unix::net::SocketAddr as std::os::linux::net::SocketAddrExt>::from_abstract_name(&name[1..])?;
+    let address = <std::os::unix::net::SocketAddr as std::os::linux::net::SocketAddrExt>::from_abstract_name(
+        &name[1..],
+    )?;
     let mut client = UnixStream::connect_addr(&address)?;
     client.write_all(b"abstract")?;
     client.read_exact(&mut [0; 8])?;

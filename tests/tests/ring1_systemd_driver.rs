@@ -181,7 +181,8 @@ async fn a_stop_ends_when_the_unit_is_down() -> Result<()> {
 #[tokio::test]
 async fn a_stop_that_ends_in_failed_is_a_stop() -> Result<()> {
     let stops = [Answer::Ends { result: "done", then: "failed" }].into();
-    let mut f = fixture(FakeUnit { active: "active", result: "timeout", stops, ..FakeUnit::default() }).await?;
+    let mut f =
+        fixture(FakeUnit { active: "active", result: "timeout", stops, ..FakeUnit::default() }).await?;
     assert_eq!(within(f.driver.stop()).await?, Ok(()));
     Ok(())
 }

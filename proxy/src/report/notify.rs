@@ -1,11 +1,13 @@
 //! `sd_notify(3)`: what the service manager is told of us.
 //!
-//! Owns: the messages and their rate. Must never: fail; a manager that does not listen is no reason to stop.
+//! Owns: the messages and their rate. Must never: fail or block; a manager that does not listen is no reason to stop.
+//! The socket is our own because libraries for it block when the manager's queue is full (ten messages by default,
+//! `net.unix.max_dgram_qlen`) and do not know abstract addresses.
 
 use std::mem::{Discriminant, discriminant};
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
-
-use sd_notify::NotifyState;
 
 use crate::clock::Monotonic;
 use crate::lifecycle::State;
@@ -15,8 +17,10 @@ use crate::report::status_line::changes_within;
 const STATUS_PAUSE: Duration = Duration::from_secs(1);
 
 /// Tells the service manager how we are.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Notifier {
+    /// `None` without a service manager that wants to know.
+    socket: Option<UnixDatagram>,
     told: Option<Told>,
 }
 
@@ -28,19 +32,36 @@ struct Told {
 }
 
 impl Notifier {
-    /// We serve: everything that had to be prepared is prepared.
+    /// A notifier for the manager that `NOTIFY_SOCKET` names.
+    #[must_use]
+    pub fn new() -> Self {
+        let socket = std::env::var("NOTIFY_SOCKET").ok().and_then(|address| match connect(&address) {
+            Ok(socket) => Some(socket),
+            Err(error) => {
+                tracing::warn!("the service manager cannot be notified at {address}: {error}");
+                None
+            }
+        });
+        Self { socket, told: None }
+    }
+
+    /// We serve: everything that had to be prepared is prepared. Waits until the manager takes it.
     pub fn ready(&self) {
-        send(&[NotifyState::Ready]);
+        let Some(socket) = &self.socket else { return };
+        if let Err(error) = socket.set_nonblocking(false).and_then(|()| socket.send(b"READY=1")) {
+            tracing::warn!("the service manager does not hear that we are ready: {error}");
+        }
+        let _as_it_was = socket.set_nonblocking(true);
     }
 
     /// We are on our way out.
     pub fn stopping(&self) {
-        send(&[NotifyState::Stopping]);
+        self.send("STOPPING=1");
     }
 
     /// We are alive.
     pub fn alive(&self) {
-        send(&[NotifyState::Watchdog]);
+        self.send("WATCHDOG=1");
     }
 
     /// Tells the status: at once when the state changed, else at most once a second. Returns when to come back.
@@ -50,7 +71,7 @@ impl Notifier {
         now: Monotonic,
         line: impl FnOnce() -> String,
     ) -> Option<Monotonic> {
-        std::env::var_os("NOTIFY_SOCKET")?;
+        self.socket.as_ref()?;
         let told = self.told.as_ref().filter(|told| told.state == discriminant(state));
         if let Some(told) = told
             && now < told.at + STATUS_PAUSE
@@ -58,11 +79,24 @@ impl Notifier {
             return Some(told.at + STATUS_PAUSE);
         }
         let line = line();
-        if told.is_none_or(|told| told.line != line) {
-            send(&[NotifyState::Status(&line)]);
+        let is_news = told.is_none_or(|told| told.line != line);
+        if is_news && !self.send(&format!("STATUS={line}")) {
+            return Some(now + STATUS_PAUSE);
         }
         self.told = Some(Told { line, state: discriminant(state), at: now });
         changes_within(state).map(|time| now + time)
+    }
+
+    /// Sends what the manager can miss. Returns whether it was taken.
+    fn send(&self, message: &str) -> bool {
+        let Some(socket) = &self.socket else { return false };
+        match socket.send(message.as_bytes()) {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::debug!(message, "the service manager does not listen: {error}");
+                false
+            }
+        }
     }
 }
 
@@ -72,8 +106,13 @@ pub fn watchdog_period() -> Option<Duration> {
     sd_notify::watchdog_enabled().map(|time| time / 2).filter(|time| !time.is_zero())
 }
 
-fn send(states: &[NotifyState]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "the service manager does not listen");
+/// A socket to the manager; a leading `@` is an abstract name.
+fn connect(address: &str) -> std::io::Result<UnixDatagram> {
+    let socket = UnixDatagram::unbound()?;
+    match address.strip_prefix('@') {
+        Some(name) => socket.connect_addr(&SocketAddr::from_abstract_name(name)?)?,
+        None => socket.connect(address)?,
     }
+    socket.set_nonblocking(true)?;
+    Ok(socket)
 }
