@@ -104,7 +104,7 @@ pub struct RunArgs {
     pub drain_time: Duration,
 
     /// How to know that the backend is ready: auto and connect: it accepts a connection; notify: it says READY=1;
-    /// http:PATH: a GET answers with a status below 400
+    /// `http:PATH`: a GET answers with a status below 400
     #[arg(long, value_name = "auto|connect|notify|http:PATH", default_value = "auto", env = "DROWSE_READY_PROBE", value_parser = ready_probe)]
     pub ready_probe: ReadyProbe,
 

@@ -77,7 +77,7 @@ pub struct EventLoop {
 enum Hook {
     Unused,
     Loading(JoinHandle<anyhow::Result<ListenHook>>),
-    Attached(ListenHook),
+    Attached(Box<ListenHook>),
 }
 
 /// What the loop woke up for.
@@ -90,7 +90,7 @@ enum Woken {
     Ready(Option<Socket>),
     Looked(bool),
     Changed(Change),
-    HookLoaded(anyhow::Result<ListenHook>),
+    HookLoaded(Box<anyhow::Result<ListenHook>>),
     Listened,
     FlowsClosed,
     Deadline,
@@ -147,7 +147,7 @@ impl EventLoop {
             probe: None,
             look: None,
             hook: Hook::Unused,
-            notifier: Notifier::new(),
+            notifier: Notifier::from_environment(),
             status_due: None,
             watchdog,
             terminate: signal(SignalKind::terminate()).context("watch for SIGTERM")?,
@@ -246,7 +246,7 @@ impl EventLoop {
             }
             Woken::Changed(change) => self.translate_change(change),
             Woken::HookLoaded(loaded) => {
-                self.use_hook(loaded);
+                self.use_hook(*loaded);
                 vec![]
             }
             Woken::Listened => {
@@ -407,7 +407,7 @@ impl EventLoop {
                     info!("eBPF maps are not pinned: {reason}");
                 }
                 debug!("the listen hook is attached");
-                self.hook = Hook::Attached(hook);
+                self.hook = Hook::Attached(Box::new(hook));
                 self.hints.set_hooked();
             }
             Err(error) => {
@@ -439,13 +439,13 @@ impl EventLoop {
             (State::Settling(_), State::Awake) => debug!("{name} is in use after all"),
             (_, State::Settling(_)) => debug!("{name} is idle: looking once more"),
             (State::Waking { .. }, State::Awake) => {
-                info!("{name} is awake after {lasted}; clients held: {held}")
+                info!("{name} is awake after {lasted}; clients held: {held}");
             }
             (_, State::Awake) => info!("{name} is awake"),
             (_, State::Waking { started_by_us: true, .. }) => info!("waking {name}"),
             (_, State::Waking { .. }) => info!("{name} accepts no connection: waiting for it"),
             (State::Settling(_) | State::Awake, State::Stopping(_)) => {
-                info!("stopping {name}: it was awake for {lasted}")
+                info!("stopping {name}: it was awake for {lasted}");
             }
             (_, State::Stopping(_)) => info!("stopping {name}"),
             (State::Stopping(_), State::Asleep) => info!("{name} is asleep; stopping took {lasted}"),
@@ -497,11 +497,10 @@ impl Hook {
     async fn next(&mut self) -> Woken {
         match self {
             Self::Unused => std::future::pending().await,
-            Self::Loading(loading) => Woken::HookLoaded(
-                loading
-                    .await
-                    .unwrap_or_else(|error| Err(anyhow::Error::new(error).context("load the listen hook"))),
-            ),
+            Self::Loading(loading) => {
+                let loaded = loading.await.map_err(anyhow::Error::new).flatten();
+                Woken::HookLoaded(Box::new(loaded))
+            }
             Self::Attached(hook) => {
                 hook.listened().await;
                 Woken::Listened

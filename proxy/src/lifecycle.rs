@@ -286,14 +286,14 @@ impl Lifecycle {
         let mut todo = Vec::new();
         self.count(&event, &mut todo, now);
         match self.state.clone() {
-            State::Asleep => self.asleep(event, &mut todo, now),
+            State::Asleep => self.asleep(&event, &mut todo, now),
             State::Waking { deadline, started_by_us } => {
                 self.waking(event, deadline, started_by_us, totals, &mut todo, now);
             }
             State::Awake => self.awake(event, &mut todo, now),
             State::Settling(step) => self.settling(event, step, totals, &mut todo, now),
             State::Stopping(stopping) => self.stopping(event, stopping, &mut todo, now),
-            State::Failed { until, .. } => self.failed(event, until, &mut todo, now),
+            State::Failed { until, .. } => self.failed(&event, until, &mut todo, now),
         }
         if self.idle(totals, now) == Some(Decision::Settle) && !self.starting && self.draining.is_none() {
             self.enter(State::Settling(Settling::Looking), now);
@@ -326,7 +326,7 @@ impl Lifecycle {
         }
     }
 
-    fn asleep(&mut self, event: Event, todo: &mut Vec<Command>, now: Monotonic) {
+    fn asleep(&mut self, event: &Event, todo: &mut Vec<Command>, now: Monotonic) {
         match event {
             Event::ClientAccepted | Event::ClientRefused => self.wake(todo, now),
             Event::BackendUp => self.enter(State::Awake, now),
@@ -463,7 +463,6 @@ impl Lifecycle {
 
     fn stopping(&mut self, event: Event, stopping: Stopping, todo: &mut Vec<Command>, now: Monotonic) {
         match (stopping, event) {
-            (Stopping::Ours, Event::Stopped(Ok(()))) => self.gone(todo, now),
             (Stopping::Ours, Event::Stopped(Err(failure))) => {
                 todo.push(Command::Report(failure));
                 if self.draining.is_some() && self.held == 0 {
@@ -480,7 +479,9 @@ impl Lifecycle {
                 self.back_off(first, now);
             }
             (Stopping::Foreign(_), Event::BackendDown(Some(failure))) => self.crash(failure, todo, now),
-            (Stopping::Foreign(_), Event::BackendDown(None)) => self.gone(todo, now),
+            (Stopping::Ours, Event::Stopped(Ok(()))) | (Stopping::Foreign(_), Event::BackendDown(None)) => {
+                self.gone(todo, now);
+            }
             (Stopping::Foreign(deadline), Event::Tick) if now >= deadline => self.gone(todo, now),
             (Stopping::Foreign(_), Event::BackendUp) => {
                 self.enter(State::Awake, now);
@@ -489,7 +490,7 @@ impl Lifecycle {
         }
     }
 
-    fn failed(&mut self, event: Event, until: Monotonic, todo: &mut Vec<Command>, now: Monotonic) {
+    fn failed(&mut self, event: &Event, until: Monotonic, todo: &mut Vec<Command>, now: Monotonic) {
         match event {
             Event::BackendUp => {
                 self.enter(State::Awake, now);

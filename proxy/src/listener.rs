@@ -30,7 +30,7 @@ const SEALED: &str = "sealed";
 /// All listeners of one service.
 #[derive(Debug)]
 pub struct Listeners {
-    listeners: Vec<Listener>,
+    all: Vec<Listener>,
     /// The listener to ask first, so that a busy one does not starve the others.
     next: usize,
     /// Out of descriptors: no accept before this timer fires.
@@ -71,16 +71,16 @@ impl Listeners {
                 )
             }
             (false, true) => {
-                passed.into_iter().map(|(fd, name)| Listener::adopt(fd, name)).collect::<Result<_, _>>()?
+                passed.into_iter().map(|(fd, name)| Listener::adopt(fd, &name)).collect::<Result<_, _>>()?
             }
             (true, false) => bind_all(addresses).await?,
         };
-        Ok(Self { listeners, next: 0, pause: None })
+        Ok(Self { all: listeners, next: 0, pause: None })
     }
 
     /// What is listened on, for people.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.listeners.iter().map(|listener| listener.name.as_str())
+        self.all.iter().map(|listener| listener.name.as_str())
     }
 
     /// The next client's connection, non-blocking. Cancel safe.
@@ -94,7 +94,7 @@ impl Listeners {
     /// A client that waits in a backlog right now.
     #[must_use]
     pub fn try_accept(&self) -> Option<Socket> {
-        self.listeners.iter().find_map(|listener| listener.accept_now().ok())
+        self.all.iter().find_map(|listener| listener.accept_now().ok())
     }
 
     /// Closes listeners of our own so that nobody is lost: no new connection completes from now on, and those that
@@ -102,7 +102,7 @@ impl Listeners {
     /// there wakes the next drowse.
     pub fn seal(&mut self) -> Vec<Socket> {
         let mut late = Vec::new();
-        for listener in self.listeners.iter_mut().filter(|listener| !listener.passed) {
+        for listener in self.all.iter_mut().filter(|listener| !listener.passed) {
             listener.set_sealed(true);
             late.extend(std::iter::from_fn(|| listener.accept_now().ok()));
         }
@@ -111,7 +111,7 @@ impl Listeners {
 
     /// Undoes [`Listeners::seal`].
     pub fn unseal(&mut self) {
-        for listener in self.listeners.iter_mut().filter(|listener| !listener.passed) {
+        for listener in self.all.iter_mut().filter(|listener| !listener.passed) {
             listener.set_sealed(false);
         }
     }
@@ -121,10 +121,10 @@ impl Listeners {
             ready!(pause.as_mut().poll(context));
             self.pause = None;
         }
-        let count = self.listeners.len();
+        let count = self.all.len();
         for offset in 0..count {
             let index = (self.next + offset) % count;
-            let Some(listener) = self.listeners.get(index) else { continue };
+            let Some(listener) = self.all.get(index) else { continue };
             match listener.poll_accept(context) {
                 Poll::Pending => {}
                 Poll::Ready(Ok(client)) => {
@@ -142,7 +142,7 @@ impl Listeners {
 }
 
 impl Listener {
-    fn adopt(fd: OwnedFd, name: String) -> anyhow::Result<Self> {
+    fn adopt(fd: OwnedFd, name: &str) -> anyhow::Result<Self> {
         let listens = sockopt::socket_acceptconn(&fd).unwrap_or(false);
         if !listens || sockopt::socket_type(&fd).ok() != Some(SocketType::STREAM) {
             bail!(
@@ -152,7 +152,7 @@ impl Listener {
         }
         let socket = Socket::from(fd);
         let local = socket.local_addr().context("read the address of a listener")?;
-        let name = match name.as_str() {
+        let name = match name {
             "" | "unknown" => address::display(&local),
             _ => format!("{} ({name})", address::display(&local)),
         };
@@ -259,16 +259,19 @@ fn remove_stale(path: &Path) -> anyhow::Result<()> {
 }
 
 fn bind_advice(error: &io::Error) -> String {
-    let advice = match error.kind() {
-        io::ErrorKind::AddrInUse => "another process listens there; stop it or choose another address",
-        io::ErrorKind::AddrNotAvailable => "this machine does not have that address",
-        io::ErrorKind::PermissionDenied => {
-            "not permitted; ports below 1024 need CAP_NET_BIND_SERVICE, a path needs a writable directory"
-        }
-        io::ErrorKind::NotFound => "the directory does not exist; make it first",
-        _ => return error.to_string(),
-    };
-    format!("{error}: {advice}")
+    let advice = [
+        (io::ErrorKind::AddrInUse, "another process listens there; stop it or choose another address"),
+        (io::ErrorKind::AddrNotAvailable, "this machine does not have that address"),
+        (
+            io::ErrorKind::PermissionDenied,
+            "not permitted; ports below 1024 need CAP_NET_BIND_SERVICE, a path needs a writable directory",
+        ),
+        (io::ErrorKind::NotFound, "the directory does not exist; make it first"),
+    ];
+    match advice.iter().find(|(kind, _)| *kind == error.kind()) {
+        Some((_, advice)) => format!("{error}: {advice}"),
+        None => error.to_string(),
+    }
 }
 
 /// Errors of accept(2) that concern one client only: the next accept may succeed at once. See "Error handling" in

@@ -21,7 +21,7 @@ use crate::config::ReadyProbe;
 use crate::pairing;
 
 /// The pause between two connects is this part of the time waited so far, so that at most so much is lost.
-const RETRY_PART: u32 = 20;
+const RETRY_PART: u32 = 32;
 /// The shortest pause between two connects.
 const RETRY_MIN: Duration = Duration::from_millis(1);
 /// The longest pause between two connects.

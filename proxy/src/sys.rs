@@ -51,7 +51,7 @@ pub fn drop_all_packets(listener: BorrowedFd<'_>, drop: bool) -> io::Result<()> 
 /// Registers a socket with the runtime's epoll.
 ///
 /// # Errors
-/// As epoll_ctl(2); the socket comes back with the error.
+/// As `epoll_ctl(2)`; the socket comes back with the error.
 pub fn watch(socket: Socket, interest: Interest) -> Result<AsyncFd<Socket>, AsyncFdRegisterError<Socket>> {
     // SAFETY: a `Socket` owns its descriptor and returns the same one for as long as it lives.
     unsafe { AsyncFd::register_with_interest(socket, interest) }

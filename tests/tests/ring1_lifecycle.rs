@@ -205,7 +205,7 @@ fn nobody_is_lost_at_the_exit() -> Result<()> {
             match connect() {
                 Err(_refused) => return Ok(Some(())),
                 Ok(mut client) => {
-                    echo(&mut client, b"am I in time?").with_context(|| format!("after {served}"))?
+                    echo(&mut client, b"am I in time?").with_context(|| format!("after {served}"))?;
                 }
             }
             served += 1;

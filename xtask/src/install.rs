@@ -1,26 +1,30 @@
 //! `cargo xtask install`: what building and testing need beyond Rust itself, as far as it is missing.
 
+use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 
 use crate::build_ebpf::DEBIAN_PACKAGES;
 use crate::{process, say};
 
-/// A Debian package, and a program of it that shows whether it is there.
-const PACKAGES: [(&str, &str); 8] = [
+/// A Debian package, and a program or file of it that shows whether it is there.
+const PACKAGES: [(&str, &str); 10] = [
     ("bpftool", "bpftool"),
     ("curl", "curl"),
     ("dbus", "dbus-daemon"),
+    ("dbus-user-session", "/usr/lib/systemd/user/dbus.socket"),
     ("iproute2", "ip"),
     ("python3", "python3"),
     ("systemd", "systemctl"),
     ("util-linux", "setpriv"),
     ("gcc", "cc"),
+    ("libc6-dev", "/usr/include/stdio.h"),
 ];
 
 /// Tools from crates.io: package, version, program.
-const CARGO_TOOLS: [(&str, &str, &str); 1] = [("cargo-nextest", "0.9.143", "cargo-nextest")];
+const CARGO_TOOLS: [(&str, &str, &str); 2] =
+    [("cargo-nextest", "0.9.143", "cargo-nextest"), ("cargo-deny", "0.20.2", "cargo-deny")];
 
 /// Installs what is missing.
 pub fn run() -> anyhow::Result<()> {
@@ -45,6 +49,15 @@ pub fn run() -> anyhow::Result<()> {
         process::run(install.args(["install", package, "--version", version, "--locked"]))?;
     }
     Ok(())
+}
+
+/// The program of a Debian package, which is installed if it is missing and we may.
+pub fn program(program: &str, package: &str) -> anyhow::Result<PathBuf> {
+    if process::find(program).is_none() && can_install() {
+        debian_packages(&[package])?;
+    }
+    process::find(program)
+        .with_context(|| format!("{program} is missing; as root: apt-get install {package}"))
 }
 
 /// Whether we may install Debian packages: root, and there is an apt-get.

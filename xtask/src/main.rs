@@ -6,11 +6,15 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod build_ebpf;
+mod demo;
 mod install;
+mod lint;
 mod process;
+mod test;
 
-/// Builds, tests and shows drowse.
+/// Builds, tests, measures and shows drowse.
 #[derive(Parser)]
 #[command(name = "cargo xtask")]
 struct Arguments {
@@ -20,6 +24,14 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    /// See the main job: a service that sleeps, wakes on its first request, and sleeps again
+    Demo,
+    /// Install what is missing and run every test: lints, rings 0 to 3, a short benchmark
+    Test(test::TestArgs),
+    /// Check formatting, lints and licences
+    Lint,
+    /// Compare drowse with a direct connection and with systemd-socket-proxyd
+    Bench(bench::BenchArgs),
     /// Build the eBPF object, which the next `cargo build` of drowse embeds
     BuildEbpf,
     /// Install what building and testing need, as far as it is missing (Debian packages: as root)
@@ -28,6 +40,10 @@ enum Task {
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().task {
+        Task::Demo => demo::run(),
+        Task::Test(arguments) => test::run(&arguments),
+        Task::Lint => lint::run(),
+        Task::Bench(arguments) => bench::run(&arguments),
         Task::BuildEbpf => build_ebpf::run(),
         Task::Install => install::run(),
     };

@@ -4,7 +4,7 @@
 //! listeners, our notify socket or our raised limit on open files.
 
 use std::ffi::OsString;
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::os::linux::net::SocketAddrExt as _;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
@@ -125,14 +125,12 @@ impl ExecDriver {
 
     fn not_started(&self, error: &std::io::Error, step: &str) -> Failure {
         let program = self.command.first().map(|program| program.to_string_lossy()).unwrap_or_default();
-        match error.kind() {
-            std::io::ErrorKind::NotFound => {
-                Failure::new("not-found", format!("no program '{program}': check its name and PATH"))
-            }
-            std::io::ErrorKind::PermissionDenied => {
-                Failure::new("denied", format!("'{program}' is not executable for this user"))
-            }
-            _ => Failure::new("exec", format!("'{program}': cannot {step}: {error}")),
+        if error.kind() == ErrorKind::NotFound {
+            Failure::new("not-found", format!("no program '{program}': check its name and PATH"))
+        } else if error.kind() == ErrorKind::PermissionDenied {
+            Failure::new("denied", format!("'{program}' is not executable for this user"))
+        } else {
+            Failure::new("exec", format!("'{program}': cannot {step}: {error}"))
         }
     }
 }

@@ -34,7 +34,7 @@ struct Told {
 impl Notifier {
     /// A notifier for the manager that `NOTIFY_SOCKET` names.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn from_environment() -> Self {
         let socket = std::env::var("NOTIFY_SOCKET").ok().and_then(|address| match connect(&address) {
             Ok(socket) => Some(socket),
             Err(error) => {
