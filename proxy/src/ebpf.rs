@@ -44,14 +44,6 @@ static LOADER: LazyLock<Mutex<EbpfLoader<'static>>> = LazyLock::new(|| {
     Mutex::new(loader)
 });
 
-/// Does in advance the part of a first [`Object::load`] that takes longest and needs no privileges: some 20 ms of one
-/// CPU. Never needed. Blocks; worth while when nobody waits, such as after `READY=1`.
-pub fn prepare() {
-    if availability().obstacle().is_none() {
-        LazyLock::force(&LOADER);
-    }
-}
-
 /// The eBPF object, loaded: its maps exist, its programs can be loaded and attached.
 pub struct Object {
     // Dropped in this order: programs are detached first, then the pins go.

@@ -4,6 +4,7 @@
 //! `Started` without a start job), so that whatever breaks an invariant is a fault of the rules.
 
 #![expect(
+    clippy::match_wild_err_arm,
     clippy::panic,
     clippy::print_stdout,
     clippy::unchecked_time_subtraction,

@@ -1,6 +1,4 @@
 //! Ring 1: options of `drowse run`, each seen to do what it says, and bad input, each with its one clear line.
-#![expect(clippy::unwrap_used, reason = "fixtures fail as tests do")]
-
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -115,27 +113,23 @@ fn a_plain_proxy_holds_until_the_backend_is_there() -> Result<()> {
 
 #[test]
 fn the_proxy_protocol_names_the_client() -> Result<()> {
-    for (version, length) in [("v1", 0), ("v2", 28)] {
+    for version in ["v1", "v2"] {
         let listener = TcpListener::bind(backend())?;
         let _drowse =
             Drowse::run(&["--listen", &public(), "--backend", &backend(), "--proxy-protocol", version])?;
         let mut client = connect()?;
         client.write_all(b"data")?;
         let (from, to) = (client.local_addr()?, client.peer_addr()?);
-        let expected = match version {
-            "v1" => {
-                format!("PROXY TCP4 {} {} {} {}\r\n", from.ip(), to.ip(), from.port(), to.port()).into_bytes()
+        let expected = if version == "v1" {
+            format!("PROXY TCP4 {} {} {} {}\r\n", from.ip(), to.ip(), from.port(), to.port()).into_bytes()
+        } else {
+            let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c".to_vec();
+            for ip in [from.ip(), to.ip()] {
+                let std::net::IpAddr::V4(ip) = ip else { continue };
+                header.extend(ip.octets());
             }
-            _ => {
-                let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c".to_vec();
-                for ip in [from.ip(), to.ip()] {
-                    let std::net::IpAddr::V4(ip) = ip else { continue };
-                    header.extend(ip.octets());
-                }
-                header.extend([from.port().to_be_bytes(), to.port().to_be_bytes()].concat());
-                ensure!(header.len() == length, "the test's own header");
-                header
-            }
+            header.extend([from.port().to_be_bytes(), to.port().to_be_bytes()].concat());
+            header
         };
         let mut got = vec![0; expected.len() + 4];
         listener.accept()?.0.read_exact(&mut got)?;

@@ -140,13 +140,15 @@ async fn the_start_limit_is_reset_before_the_next_try() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_client_that_comes_while_the_bus_is_away_is_held_until_it_is_back() -> Result<()> {
+async fn a_dead_bus_is_told_and_the_next_client_after_its_return_is_served() -> Result<()> {
     let mut fixture = fixture(FakeUnit::default()).await?;
     fixture.bus.kill();
-    let mut client = connect()?;
-    fixture.drowse.wait_for_notification("waking dice.service")?;
+    fixture.drowse.wait_for_line("lost the connection to systemd")?;
+    is_reset(&mut connect()?)?;
+    fixture.drowse.wait_for_line("cannot reach systemd over the system bus")?;
     fixture.bus.revive()?;
     fixture.systemd.come_back().await?;
+    let mut client = connect()?;
     fixture.systemd.wait_for_calls("StartUnit", 1).await?;
     answer(&TcpListener::bind(backend())?, &mut client)
 }

@@ -148,7 +148,9 @@ impl Shared {
         loop {
             self.read_signals(link).await;
             self.announce(Event::Lost);
+            tracing::warn!("lost the connection to systemd over {}; reconnecting", self.bus);
             link = self.reopen().await;
+            tracing::info!("connected to systemd again");
             self.publish(&link);
             self.settle(&link.facts);
         }
