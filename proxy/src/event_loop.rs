@@ -60,6 +60,8 @@ pub struct EventLoop {
     start: Task<Result<(), Failure>>,
     stop: Task<Result<(), Failure>>,
     probe: Task<Option<Socket>>,
+    /// The question how the backend is, asked again at a reload.
+    resync: Task<Result<BackendState, Failure>>,
     /// The busy command; true is busy.
     look: Task<bool>,
     hook: Hook,
@@ -68,6 +70,7 @@ pub struct EventLoop {
     watchdog: Option<Interval>,
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
     /// Accepting failed and was reported; not again before it works.
     accept_failing: bool,
     exit: bool,
@@ -95,6 +98,8 @@ enum Woken {
     FlowsClosed,
     Deadline,
     WatchdogDue,
+    ReloadAsked,
+    Resynced(Result<BackendState, Failure>),
     Terminated(&'static str),
 }
 
@@ -145,6 +150,7 @@ impl EventLoop {
             start: None,
             stop: None,
             probe: None,
+            resync: None,
             look: None,
             hook: Hook::Unused,
             notifier: Notifier::from_environment(),
@@ -152,6 +158,7 @@ impl EventLoop {
             watchdog,
             terminate: signal(SignalKind::terminate()).context("watch for SIGTERM")?,
             interrupt: signal(SignalKind::interrupt()).context("watch for SIGINT")?,
+            hangup: signal(SignalKind::hangup()).context("watch for SIGHUP")?,
             accept_failing: false,
             exit: false,
             run: Arc::new(run),
@@ -192,6 +199,8 @@ impl EventLoop {
         tokio::select! {
             biased;
             name = asked_to_stop(&mut self.terminate, &mut self.interrupt) => Woken::Terminated(name),
+            Some(()) = self.hangup.recv() => Woken::ReloadAsked,
+            state = finished(&mut self.resync) => Woken::Resynced(state),
             change = changed(self.driver.as_mut()) => Woken::Changed(change),
             result = finished(&mut self.check) => Woken::Checked(result),
             result = finished(&mut self.start) => Woken::Started(result),
@@ -258,6 +267,15 @@ impl EventLoop {
                 self.notifier.alive();
                 vec![]
             }
+            Woken::ReloadAsked => {
+                self.reload();
+                vec![]
+            }
+            Woken::Resynced(state) => {
+                self.resync = None;
+                self.notifier.ready();
+                self.resynced(state)
+            }
             Woken::Terminated(signal) => {
                 info!("{signal}: letting open connections end");
                 vec![Event::Terminate]
@@ -277,6 +295,33 @@ impl EventLoop {
             Change::GoingDown => vec![Event::BackendGoingDown],
             Change::Down(failure) => vec![Event::BackendDown(failure)],
         }
+    }
+
+    /// Asks how the backend is; the answer ends the reload.
+    fn reload(&mut self) {
+        info!("SIGHUP: asking how {} is, and forgiving earlier failures", self.name);
+        self.notifier.reloading();
+        let state = self.driver.as_mut().map(|driver| driver.state());
+        self.resync = Some(Box::pin(async move {
+            match state {
+                Some(state) => state.await,
+                None => Ok(BackendState::Up),
+            }
+        }));
+    }
+
+    /// What a reload found out: the backend's state, whatever was missed of it, and a fresh start.
+    fn resynced(&self, state: Result<BackendState, Failure>) -> Vec<Event> {
+        let found = match state {
+            Ok(BackendState::Up) => Event::BackendUp,
+            Ok(BackendState::GoingDown) => Event::BackendGoingDown,
+            Ok(BackendState::Down) => Event::BackendDown(None),
+            Err(failure) => {
+                warn!("{}: {failure}", self.name);
+                return vec![Event::Forgive];
+            }
+        };
+        vec![found, Event::Forgive]
     }
 
     fn settle_client(&mut self, outcome: Outcome) -> Vec<Event> {

@@ -141,6 +141,8 @@ pub enum Event {
     Busy,
     /// Counters changed, or a deadline passed.
     Tick,
+    /// Somebody mended what failed: the next start may be tried at once.
+    Forgive,
     /// We are asked to exit.
     Terminate,
 }
@@ -309,6 +311,7 @@ impl Lifecycle {
             Event::ClientAccepted => self.held += 1,
             Event::ClientLeft | Event::ClientPaired => self.held = self.held.saturating_sub(1),
             Event::Started(_) => self.starting = false,
+            Event::Forgive => self.failures = 0,
             Event::Terminate if self.draining.is_none() => {
                 self.draining = Some(now.saturating_add(self.rules.drain_time));
                 todo.push(Command::StopAccepting);
@@ -340,6 +343,7 @@ impl Lifecycle {
             | Event::Stopped(_)
             | Event::BackendDown(_)
             | Event::Quiet
+            | Event::Forgive
             | Event::Busy
             | Event::Tick
             | Event::Terminate => {}
@@ -388,6 +392,7 @@ impl Lifecycle {
             | Event::BackendUp
             | Event::BackendGoingDown
             | Event::Quiet
+            | Event::Forgive
             | Event::Busy
             | Event::Terminate => {}
         }
@@ -415,6 +420,7 @@ impl Lifecycle {
             | Event::Stopped(_)
             | Event::BackendUp
             | Event::Quiet
+            | Event::Forgive
             | Event::Busy
             | Event::Tick
             | Event::Terminate => {}
@@ -457,6 +463,7 @@ impl Lifecycle {
             | Event::Started(_)
             | Event::BackendReady
             | Event::Stopped(_)
+            | Event::Forgive
             | Event::BackendUp => {}
         }
     }
@@ -494,6 +501,12 @@ impl Lifecycle {
         match event {
             Event::BackendUp => {
                 self.enter(State::Awake, now);
+            }
+            Event::Forgive if self.held > 0 => self.wake(todo, now),
+            Event::Forgive => {
+                if let State::Failed { until, .. } = &mut self.state {
+                    *until = now;
+                }
             }
             Event::ClientAccepted | Event::ClientRefused | Event::Tick => {
                 if self.held > 0 && now >= until {

@@ -55,12 +55,13 @@ enum Step {
     Crash,
     Quiet,
     Busy,
+    Forgive,
     /// Time passes to the next deadline.
     Deadline,
     Terminate,
 }
 
-const STEPS: [Step; 18] = [
+const STEPS: [Step; 19] = [
     Step::ClientComes,
     Step::ClientLeaves,
     Step::Pairs,
@@ -77,6 +78,7 @@ const STEPS: [Step; 18] = [
     Step::Crash,
     Step::Quiet,
     Step::Busy,
+    Step::Forgive,
     Step::Deadline,
     Step::Terminate,
 ];
@@ -164,6 +166,7 @@ impl World {
             Step::Crash => vec![Event::BackendDown(Some(failure()))],
             Step::Quiet if std::mem::take(&mut self.looking) => vec![Event::Quiet],
             Step::Busy if std::mem::take(&mut self.looking) => vec![Event::Busy],
+            Step::Forgive => vec![Event::Forgive],
             Step::Deadline => match self.lifecycle.deadline(&self.totals, self.now) {
                 Some(at) => {
                     self.now = self.now.max(at);
@@ -478,4 +481,20 @@ fn the_drain_time_ends_all_waiting() {
     world.take(Step::Deadline);
     assert!(world.exited);
     assert_eq!(world.flows_reset, 1);
+}
+
+#[test]
+fn a_reload_forgives_a_failed_start() {
+    let mut world = World::new(rules(Ownership::Managed, IdlePolicy::Connections), BackendState::Down);
+    for _ in 0..5 {
+        world.take(Step::ClientComes);
+        if !world.starting {
+            world.take(Step::Deadline);
+        }
+        world.take(Step::StartFails);
+    }
+    world.take(Step::ClientComes);
+    assert!(!world.starting, "the back-off holds");
+    world.take(Step::Forgive);
+    assert!(world.starting, "and is over");
 }

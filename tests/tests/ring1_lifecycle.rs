@@ -345,3 +345,25 @@ fn the_status_is_told_in_plain_words() -> Result<()> {
     drowse.wait_for_notification("STOPPING=1")?;
     Ok(())
 }
+
+#[test]
+fn a_reload_is_announced_and_ends_the_pause_after_failures() -> Result<()> {
+    let (public, backend) = (public(), backend());
+    let marker = std::env::temp_dir().join(format!("drowse-mended-{}", std::process::id()));
+    let script = format!("test -e {} && exec {ECHO} {backend}; exit 3", marker.display());
+    let mut drowse =
+        Drowse::run(&["--listen", &public, "--backend", &backend, "--", "/bin/sh", "-c", &script])?;
+    // Pauses of 0.25, 0.5, 1, 2 and then 4 s.
+    for _ in 0..5 {
+        ensure!(connect()?.read(&mut [0]).is_err(), "somebody was served");
+    }
+    std::fs::write(&marker, "")?;
+    let mut client = connect()?;
+    drowse.signal(Signal::HUP)?;
+    drowse.wait_for_notification("RELOADING=1\nMONOTONIC_USEC=")?;
+    drowse.wait_for_notification("READY=1")?;
+    client.set_read_timeout(Some(Duration::from_secs(2)))?;
+    echo(&mut client, b"at once")?;
+    std::fs::remove_file(&marker)?;
+    Ok(())
+}

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use drowse::clock;
+use drowse_tests::deadline::eventually;
 use drowse_tests::service::{Installation, SOON, connect_unix, http_get, with_deadline, with_drowse};
 
 const ECHO: &str = env!("CARGO_BIN_EXE_echo-backend");
@@ -146,6 +147,28 @@ fn drowse_itself_exits_when_idle_and_is_woken_by_the_socket() -> Result<()> {
             ensure!(systemd.property("echo.service", "ActiveState")? == "inactive");
             ensure!(systemd.property("drowse@echo.socket", "ActiveState")? == "active");
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_reload_is_done_and_keeps_the_flows() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        installation.echo("", "")?;
+        let mut stream = installation.connect()?;
+        for round in 0..3_u8 {
+            stream.write_all(&[round]).context("send")?;
+            let mut reply = [0];
+            stream.read_exact(&mut reply).context("receive")?;
+            ensure!(reply == [round]);
+            installation.systemd.systemctl(["reload", "drowse@echo.service"])?;
+            installation.systemd.wait_until_property("drowse@echo.service", "ActiveState", "active", SOON)?;
+        }
+        eventually("three lines on the reloads in the journal", SOON, || {
+            let said = installation.systemd.lines_of("drowse@echo.service")?;
+            let reloads = said.iter().filter(|line| line.contains("SIGHUP")).count();
+            Ok((reloads == 3).then_some(()))
+        })?;
         Ok(())
     })
 }

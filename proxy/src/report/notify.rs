@@ -9,7 +9,7 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
-use crate::clock::Monotonic;
+use crate::clock::{self, Monotonic};
 use crate::lifecycle::State;
 use crate::report::status_line::changes_within;
 
@@ -52,6 +52,12 @@ impl Notifier {
             tracing::warn!("the service manager does not hear that we are ready: {error}");
         }
         let _as_it_was = socket.set_nonblocking(true);
+    }
+
+    /// We look around anew; [`Notifier::ready`] follows. systemd 253 and later wants to know since when.
+    pub fn reloading(&self) {
+        let now_us = clock::now().as_micros();
+        self.send(&format!("RELOADING=1\nMONOTONIC_USEC={now_us}"));
     }
 
     /// We are on our way out.
