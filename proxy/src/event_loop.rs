@@ -25,7 +25,7 @@ use crate::activation::{BackendState, Change, Driver, Failure};
 use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, ReadyProbe, RunArgs, Switch};
 use crate::lifecycle::{Command, Event, Lifecycle, Ownership, State};
-use crate::listener::Listeners;
+use crate::listener::{Listeners, SEAL_TIME};
 use crate::pairing::{self, Gate, Outcome};
 use crate::plane::Plane;
 use crate::plane::forward::{Forward, Mode};
@@ -71,6 +71,8 @@ pub struct EventLoop {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    /// Our own listeners let nobody new in; until then somebody may be half in.
+    sealed_until: Option<Monotonic>,
     /// Accepting failed and was reported; not again before it works.
     accept_failing: bool,
     exit: bool,
@@ -159,6 +161,7 @@ impl EventLoop {
             terminate: signal(SignalKind::terminate()).context("watch for SIGTERM")?,
             interrupt: signal(SignalKind::interrupt()).context("watch for SIGINT")?,
             hangup: signal(SignalKind::hangup()).context("watch for SIGHUP")?,
+            sealed_until: None,
             accept_failing: false,
             exit: false,
             run: Arc::new(run),
@@ -177,13 +180,14 @@ impl EventLoop {
             self.plane.name(),
             self.connections_max,
         );
-        self.tell_status();
         self.notifier.ready();
+        self.tell_status();
         while !self.exit {
             let woken = self.next().await;
             for event in self.translate(woken) {
                 self.handle(event);
             }
+            self.close_sealed();
             self.tell_status();
         }
         self.notifier.stopping();
@@ -194,7 +198,9 @@ impl EventLoop {
     async fn next(&mut self) -> Woken {
         let now = clock::now();
         let totals = self.accounting.totals();
-        let deadline = [self.lifecycle.deadline(&totals, now), self.status_due].into_iter().flatten().min();
+        // An exit that waits for the seal is due already, and asking again before helps nobody.
+        let decision = self.lifecycle.deadline(&totals, now).max(self.sealed_until);
+        let deadline = [decision, self.status_due].into_iter().flatten().min();
         let has_room = self.lifecycle.held() + totals.flows_open < self.connections_max;
         tokio::select! {
             biased;
@@ -221,8 +227,8 @@ impl EventLoop {
         match woken {
             Woken::Accepted(Ok(client)) => {
                 self.accept_failing = false;
-                self.hold(client);
-                vec![Event::ClientAccepted]
+                self.take_in(client);
+                vec![]
             }
             Woken::Accepted(Err(error)) => {
                 if !std::mem::replace(&mut self.accept_failing, true) {
@@ -352,8 +358,8 @@ impl EventLoop {
         let has_room = self.lifecycle.held() + totals.flows_open < self.connections_max;
         let waiting = self.listeners.as_ref().filter(|_| has_room).and_then(Listeners::try_accept);
         if let Some(client) = waiting {
-            self.hold(client);
-            return vec![Event::ClientAccepted];
+            self.take_in(client);
+            return vec![];
         }
         vec![if busy { Event::Busy } else { Event::Quiet }]
     }
@@ -366,6 +372,9 @@ impl EventLoop {
         let commands = self.lifecycle.step(event, &totals, now);
         self.gate.set_open(self.lifecycle.is_awake());
         self.log_change(&before, now.saturating_sub(since));
+        if !commands.contains(&Command::Exit) {
+            self.stay();
+        }
         for command in commands {
             self.carry_out(command);
         }
@@ -510,30 +519,60 @@ impl EventLoop {
             .status(state, now, || status_line(&self.lifecycle, &self.name, &self.accounting.totals(), now));
     }
 
-    /// Takes in whoever completed a handshake with a listener of ours, then closes up. Those who wait at a listener
-    /// of systemd's wake the next drowse.
+    /// Nobody new gets in; whoever is half in is still taken in. Those who wait at a listener of systemd's wake the
+    /// next drowse.
     fn stop_accepting(&mut self) {
-        let Some(mut listeners) = self.listeners.take() else { return };
-        for client in listeners.seal() {
-            self.hold(client);
-            self.handle(Event::ClientAccepted);
+        let Some(listeners) = &mut self.listeners else { return };
+        listeners.release_passed();
+        if listeners.seal() {
+            self.sealed_until = Some(clock::now() + SEAL_TIME);
+        } else {
+            self.listeners = None;
         }
     }
 
-    /// Exits, unless somebody came at the last moment.
+    /// Exits, unless somebody comes at the last moment: our own listeners are sealed first, and looked at until all
+    /// handshakes are over.
     fn leave(&mut self) {
-        let mut late = Vec::new();
-        if let Some(listeners) = &mut self.listeners {
-            late = listeners.seal();
-            late.extend(listeners.try_accept());
-            if !late.is_empty() {
-                listeners.unseal();
-            }
+        let Some(listeners) = &mut self.listeners else {
+            self.exit = true;
+            return;
+        };
+        if self.sealed_until.is_none() && listeners.seal() {
+            self.sealed_until = Some(clock::now() + SEAL_TIME);
+            return;
         }
-        self.exit = late.is_empty();
-        for client in late {
-            self.hold(client);
-            self.handle(Event::ClientAccepted);
+        if self.sealed_until.is_some_and(|until| clock::now() < until) {
+            return;
+        }
+        match listeners.try_accept() {
+            Some(client) => self.take_in(client),
+            None => self.exit = true,
+        }
+    }
+
+    /// Undoes the seal when there is something to do after all; a stop request stands.
+    fn stay(&mut self) {
+        if self.sealed_until.is_some() && !self.lifecycle.is_draining() {
+            self.sealed_until = None;
+            self.listeners.iter_mut().for_each(Listeners::unseal);
+        }
+    }
+
+    /// Holds a client that was just accepted.
+    fn take_in(&mut self, client: Socket) {
+        self.hold(client);
+        self.handle(Event::ClientAccepted);
+    }
+
+    /// Closes listeners of our own once nobody can be half in any more.
+    fn close_sealed(&mut self) {
+        if self.lifecycle.is_draining() && self.sealed_until.is_some_and(|until| clock::now() >= until) {
+            while let Some(client) = self.listeners.as_ref().and_then(Listeners::try_accept) {
+                self.take_in(client);
+            }
+            self.listeners = None;
+            self.sealed_until = None;
         }
     }
 }

@@ -24,6 +24,8 @@ use crate::sys;
 const PAUSE: Duration = Duration::from_millis(100);
 /// The backlog of sockets that we bind: as large as the system allows (`net.core.somaxconn`).
 const BACKLOG: i32 = i32::MAX;
+/// How long handshakes that are under way when a listener is sealed may take to complete.
+pub const SEAL_TIME: Duration = Duration::from_millis(250);
 /// What the name of a unix listener's file ends in while it is sealed.
 const SEALED: &str = "sealed";
 
@@ -97,23 +99,26 @@ impl Listeners {
         self.all.iter().find_map(|listener| listener.accept_now().ok())
     }
 
-    /// Closes listeners of our own so that nobody is lost: no new connection completes from now on, and those that
-    /// did are returned. [`Listeners::unseal`] undoes it. Listeners that systemd holds are left alone: whoever waits
-    /// there wakes the next drowse.
-    pub fn seal(&mut self) -> Vec<Socket> {
-        let mut late = Vec::new();
-        for listener in self.all.iter_mut().filter(|listener| !listener.passed) {
-            listener.set_sealed(true);
-            late.extend(std::iter::from_fn(|| listener.accept_now().ok()));
-        }
-        late
+    /// Begins to close listeners of our own so that nobody is lost: nobody new gets in from now on, and for
+    /// [`SEAL_TIME`] those can be accepted whose handshake was under way. [`Listeners::unseal`] undoes it. Returns
+    /// whether there is such a listener; those of systemd's are left alone, whoever waits there wakes the next drowse.
+    pub fn seal(&mut self) -> bool {
+        self.set_sealed(true)
     }
 
     /// Undoes [`Listeners::seal`].
     pub fn unseal(&mut self) {
-        for listener in self.all.iter_mut().filter(|listener| !listener.passed) {
-            listener.set_sealed(false);
-        }
+        self.set_sealed(false);
+    }
+
+    /// Lets go of the listeners that systemd holds, too.
+    pub fn release_passed(&mut self) {
+        self.all.retain(|listener| !listener.passed);
+    }
+
+    fn set_sealed(&mut self, sealed: bool) -> bool {
+        let ours = self.all.iter_mut().filter(|listener| !listener.passed);
+        ours.map(|listener| listener.set_sealed(sealed)).count() > 0
     }
 
     fn poll_accept(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Socket>> {
@@ -189,11 +194,11 @@ impl Listener {
         })
     }
 
-    /// A TCP listener drops all packets, so that a client retries as after any loss; the file of a unix listener is
-    /// hidden under another name. (An abstract name cannot be hidden.)
+    /// A TCP listener drops SYNs, so that a client retries as after any loss; the file of a unix listener is hidden
+    /// under another name. (An abstract name cannot be hidden.)
     fn set_sealed(&mut self, sealed: bool) {
         let Some(path) = &mut self.made else {
-            let _unix_sockets_have_no_packets = sys::drop_all_packets(self.socket.as_fd(), sealed);
+            let _unix_sockets_have_no_packets = sys::drop_new_connections(self.socket.as_fd(), sealed);
             return;
         };
         let other = if sealed { path.with_added_extension(SEALED) } else { path.with_extension("") };

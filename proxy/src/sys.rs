@@ -30,18 +30,32 @@ pub fn adopt_descriptor(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Makes a listener drop every packet before the TCP state machine sees it (classic BPF, `SO_ATTACH_FILTER`), or
-/// undoes it. Connections whose handshake is complete stay in the accept queue; a client in the middle of one
-/// retries, as after any lost packet.
+/// Makes a listener drop every SYN before the TCP state machine sees it (classic BPF, `SO_ATTACH_FILTER`), or undoes
+/// it. Handshakes that are under way complete, and whoever sends a SYN retries, as after any lost packet.
 ///
 /// # Errors
-/// As setsockopt(2).
-pub fn drop_all_packets(listener: BorrowedFd<'_>, drop: bool) -> io::Result<()> {
-    let mut accept_zero_bytes = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
-    let program = libc::sock_fprog { len: 1, filter: &raw mut accept_zero_bytes };
+/// As `setsockopt(2)`.
+pub fn drop_new_connections(listener: BorrowedFd<'_>, drop: bool) -> io::Result<()> {
+    const FLAGS_OFFSET: u32 = 13;
+    const SYN: u32 = 0x02;
+    /// `BPF_LD | BPF_B | BPF_ABS`
+    const LOAD_BYTE: u16 = 0x30;
+    /// `BPF_JMP | BPF_JSET | BPF_K`
+    const SKIP_UNLESS: u16 = 0x45;
+    /// `BPF_RET | BPF_K`: with 0 the packet is dropped, else kept.
+    const END: u16 = 0x06;
+    // The filter of a TCP socket sees the packet from the TCP header on.
+    let step = |code, jf, k| libc::sock_filter { code, jt: 0, jf, k };
+    let mut steps = [
+        step(LOAD_BYTE, 0, FLAGS_OFFSET),
+        step(SKIP_UNLESS, 1, SYN),
+        step(END, 0, 0),
+        step(END, 0, u32::MAX),
+    ];
+    let program = libc::sock_fprog { len: 4, filter: steps.as_mut_ptr() };
     let option = if drop { libc::SO_ATTACH_FILTER } else { libc::SO_DETACH_FILTER };
     let size = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or(0);
-    // SAFETY: `program` and the one instruction it points to live until the call returns; the kernel copies both.
+    // SAFETY: `program` and the steps it points to live until the call returns; the kernel copies both.
     let result = unsafe {
         libc::setsockopt(listener.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const program).cast(), size)
     };

@@ -51,7 +51,7 @@ pub struct Drowse {
     child: Child,
     output: Receiver<String>,
     lines: Vec<String>,
-    notifications: UnixDatagram,
+    notifications: Receiver<String>,
     /// Where the notify socket is, for as long as it is needed.
     _directory: TempDir,
 }
@@ -74,7 +74,7 @@ impl Drowse {
     pub fn spawn(command: &mut Command) -> Result<Self> {
         let directory = tempfile::tempdir().context("make a directory for the notify socket")?;
         let path = directory.path().join("notify");
-        let notifications = UnixDatagram::bind(&path)?;
+        let notifications = read_notifications(UnixDatagram::bind(&path)?);
         command.env("NOTIFY_SOCKET", &path).stdin(Stdio::null());
         let mut child =
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("start drowse")?;
@@ -127,16 +127,9 @@ impl Drowse {
     /// It does not come; the message has all output.
     pub fn wait_for_notification(&mut self, text: &str) -> Result<String> {
         let deadline = clock::now() + SOON;
-        let mut buffer = [0; 4096];
-        self.notifications.set_read_timeout(Some(Duration::from_millis(100)))?;
-        while clock::now() < deadline {
-            if let Ok(length) = self.notifications.recv(&mut buffer) {
-                let message = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default()).into_owned();
-                if message.contains(text) {
-                    return Ok(message);
-                }
-            } else if self.child.try_wait()?.is_some() {
-                break;
+        while let Ok(message) = self.notifications.recv_timeout(deadline.saturating_sub(clock::now())) {
+            if message.contains(text) {
+                return Ok(message);
             }
         }
         bail!("no notification with '{text}'; the output is:\n{}", self.all_output().join("\n"))
@@ -149,6 +142,14 @@ impl Drowse {
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = Pid::from_raw(self.child.id().cast_signed()).context("no process id")?;
         kill_process(pid, signal).context("send a signal to drowse")
+    }
+
+    /// Whether the process has ended.
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    pub fn has_exited(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
     }
 
     /// Waits for the end of the process.
@@ -180,6 +181,21 @@ impl Drop for Drowse {
             let _reaped = self.child.wait();
         }
     }
+}
+
+/// Reads at once what drowse tells its service manager, as systemd does.
+fn read_notifications(socket: UnixDatagram) -> Receiver<String> {
+    let (to_test, notifications) = channel();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(length) = socket.recv(&mut buffer) {
+            let message = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default()).into_owned();
+            if to_test.send(message).is_err() {
+                return;
+            }
+        }
+    });
+    notifications
 }
 
 /// A connection to where drowse listens, with a time limit on everything.

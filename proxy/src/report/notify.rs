@@ -15,12 +15,16 @@ use crate::report::status_line::changes_within;
 
 /// The shortest time between two status messages while the state's words stay the same kind.
 const STATUS_PAUSE: Duration = Duration::from_secs(1);
+/// How soon a `READY=1` that was not taken is said again.
+const READY_PAUSE: Duration = Duration::from_millis(50);
 
 /// Tells the service manager how we are.
 #[derive(Debug)]
 pub struct Notifier {
     /// `None` without a service manager that wants to know.
     socket: Option<UnixDatagram>,
+    /// `READY=1` must not be missed, and was not taken yet.
+    ready_is_due: bool,
     told: Option<Told>,
 }
 
@@ -42,16 +46,13 @@ impl Notifier {
                 None
             }
         });
-        Self { socket, told: None }
+        Self { socket, ready_is_due: false, told: None }
     }
 
-    /// We serve: everything that had to be prepared is prepared. Waits until the manager takes it.
-    pub fn ready(&self) {
-        let Some(socket) = &self.socket else { return };
-        if let Err(error) = socket.set_nonblocking(false).and_then(|()| socket.send(b"READY=1")) {
-            tracing::warn!("the service manager does not hear that we are ready: {error}");
-        }
-        let _as_it_was = socket.set_nonblocking(true);
+    /// We serve: everything that had to be prepared is prepared. What the manager does not take now is said again
+    /// with the status.
+    pub fn ready(&mut self) {
+        self.ready_is_due = !self.send("READY=1");
     }
 
     /// We look around anew; [`Notifier::ready`] follows. systemd 253 and later wants to know since when.
@@ -78,6 +79,12 @@ impl Notifier {
         line: impl FnOnce() -> String,
     ) -> Option<Monotonic> {
         self.socket.as_ref()?;
+        if self.ready_is_due {
+            self.ready();
+            if self.ready_is_due {
+                return Some(now + READY_PAUSE);
+            }
+        }
         let told = self.told.as_ref().filter(|told| told.state == discriminant(state));
         if let Some(told) = told
             && now < told.at + STATUS_PAUSE
