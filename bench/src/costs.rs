@@ -2,9 +2,10 @@
 //!
 //! Owns: reading the kernel's counters before and after a load. Must never: guess; a counter that went away with its
 //! process is left out. The machine's time is that of everything that ran, interrupts and both ends included, from
-//! `/proc/stat`; nothing is subtracted for an idle machine, which a run asks for. The proxy's time is that of its
-//! processes and of those it has reaped, from `/proc/PID/stat`; both count in ticks of 10 ms. A thread's
-//! `voluntary_ctxt_switches` counts how often it gave the processor up to wait (`proc_pid_status(5)`).
+//! `/proc/stat` in ticks of 10 ms; nothing is subtracted for an idle machine, which a run asks for. The proxy's time is
+//! that of its threads, in nanoseconds from `/proc/PID/task/TID/schedstat` (`sched-stats.rst` of the kernel), and of the
+//! processes that it has reaped, in ticks from `/proc/PID/stat`. A thread's `voluntary_ctxt_switches` counts how often
+//! it gave the processor up to wait (`proc_pid_status(5)`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -33,9 +34,17 @@ pub struct Counters {
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct ProxyCounters {
-    ticks: u64,
-    /// By thread; none when the proxy has a process for each flow, which takes its counters with it.
-    switches: Option<BTreeMap<u32, u64>>,
+    /// Of processes that ended, and that their parents, which are still there, have waited for.
+    reaped_ticks: u64,
+    threads: BTreeMap<u32, ThreadCounters>,
+    /// Whether threads end with their flows, before their switches can be counted.
+    forgets_switches: bool,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct ThreadCounters {
+    ran_ns: u64,
+    switches: u64,
 }
 
 impl Counters {
@@ -45,15 +54,7 @@ impl Counters {
     /// When `/proc` does not tell.
     pub fn now(proxy: Option<&Running>, has_process_for_each_flow: bool) -> Result<Self> {
         let stat = fs::read_to_string("/proc/stat").context("read /proc/stat")?;
-        let proxy = proxy.map(|proxy| {
-            let processes = proxy.processes()?;
-            // A process that is gone since it was listed is reaped and counted with its parent, or about to be.
-            let texts =
-                processes.iter().filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/stat")).ok());
-            let ticks = texts.map(|text| process_ticks(&text)).sum::<Result<u64>>()?;
-            let switches = if has_process_for_each_flow { None } else { Some(switches_of(&processes)?) };
-            Ok::<_, anyhow::Error>(ProxyCounters { ticks, switches })
-        });
+        let proxy = proxy.map(|proxy| ProxyCounters::now(proxy, has_process_for_each_flow));
         Ok(Self { machine_ticks: machine_ticks(&stat)?, proxy: proxy.transpose()? })
     }
 
@@ -81,7 +82,9 @@ impl Counters {
         }
         let mut costs = vec![(machine, seconds(self.machine_ticks, before.machine_ticks) / units)];
         if let (Some(now), Some(before)) = (&self.proxy, &before.proxy) {
-            costs.push((proxy, seconds(now.ticks, before.ticks) / units));
+            let ran_ns = now.sum_since(before, |thread| thread.ran_ns);
+            let cpu_s = float(ran_ns) / 1e9 + seconds(now.reaped_ticks, before.reaped_ticks);
+            costs.push((proxy, cpu_s / units));
         }
         costs.extend(self.switches_since(before).map(|count| (switches, float(count) / small_units)));
         costs
@@ -90,12 +93,36 @@ impl Counters {
     /// How often the proxy waited since `before`; none when that cannot be known.
     #[must_use]
     pub fn switches_since(&self, before: &Self) -> Option<u64> {
-        let now = self.proxy.as_ref()?.switches.as_ref()?;
-        let before = before.proxy.as_ref()?.switches.as_ref()?;
-        let since = |(thread, count): (&u32, &u64)| {
-            count.saturating_sub(before.get(thread).copied().unwrap_or_default())
+        let (now, before) = (self.proxy.as_ref()?, before.proxy.as_ref()?);
+        (!now.forgets_switches).then(|| now.sum_since(before, |thread| thread.switches))
+    }
+}
+
+impl ProxyCounters {
+    fn now(proxy: &Running, forgets_switches: bool) -> Result<Self> {
+        let mut counters = Self { forgets_switches, ..Self::default() };
+        for pid in proxy.processes()? {
+            // What is gone since it was listed counts with its parent as soon as that has waited for it.
+            let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+            counters.reaped_ticks += reaped_ticks(&stat)?;
+            let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
+            for thread in threads.filter_map(Result::ok) {
+                let read = |file| fs::read_to_string(thread.path().join(file));
+                let (Ok(status), Ok(schedstat)) = (read("status"), read("schedstat")) else { continue };
+                let id = thread.file_name().to_string_lossy().parse().context("read a thread's id")?;
+                let (ran_ns, switches) = (ran_ns(&schedstat)?, voluntary_switches(&status)?);
+                counters.threads.insert(id, ThreadCounters { ran_ns, switches });
+            }
+        }
+        Ok(counters)
+    }
+
+    /// What `pick` grew by in all threads that are there now; those that were not there before began with zero.
+    fn sum_since(&self, before: &Self, pick: fn(&ThreadCounters) -> u64) -> u64 {
+        let since = |(id, now): (&u32, &ThreadCounters)| {
+            pick(now).saturating_sub(before.threads.get(id).map(pick).unwrap_or_default())
         };
-        Some(now.iter().map(since).sum())
+        self.threads.iter().map(since).sum()
     }
 }
 
@@ -155,26 +182,19 @@ fn machine_ticks(stat: &str) -> Result<u64> {
     Ok(user + nice + system + irq + softirq)
 }
 
-/// Ticks of a process and of the children it has reaped: fields 14 to 17 of `/proc/PID/stat`.
-fn process_ticks(stat: &str) -> Result<u64> {
+/// Ticks of the children that a process has waited for: fields 16 and 17 of `/proc/PID/stat`.
+fn reaped_ticks(stat: &str) -> Result<u64> {
     // The name, in parentheses, may hold anything.
     let (_, fields) = stat.rsplit_once(')').context("find the name in /proc/PID/stat")?;
-    let ticks: Vec<u64> = fields.split_whitespace().skip(11).take(4).filter_map(|t| t.parse().ok()).collect();
-    ensure!(ticks.len() == 4, "/proc/PID/stat has fewer fields than it should");
+    let ticks: Vec<u64> = fields.split_whitespace().skip(13).take(2).filter_map(|t| t.parse().ok()).collect();
+    ensure!(ticks.len() == 2, "/proc/PID/stat has fewer fields than it should");
     Ok(ticks.iter().sum())
 }
 
-fn switches_of(processes: &[u32]) -> Result<BTreeMap<u32, u64>> {
-    let mut switches = BTreeMap::new();
-    for pid in processes {
-        let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
-        for thread in threads.filter_map(Result::ok) {
-            let Ok(status) = fs::read_to_string(thread.path().join("status")) else { continue };
-            let thread = thread.file_name().to_string_lossy().parse().context("read a thread's id")?;
-            switches.insert(thread, voluntary_switches(&status)?);
-        }
-    }
-    Ok(switches)
+/// Time that a thread ran: the first field of its `schedstat`.
+fn ran_ns(schedstat: &str) -> Result<u64> {
+    let first = schedstat.split_whitespace().next();
+    first.and_then(|first| first.parse().ok()).context("read a thread's time on processors")
 }
 
 fn voluntary_switches(status: &str) -> Result<u64> {
@@ -195,9 +215,15 @@ fn float(count: u64) -> f64 {
 mod tests {
     use super::*;
 
-    fn counters(machine_ticks: u64, ticks: u64, switches: &[(u32, u64)]) -> Counters {
-        let switches = Some(switches.iter().copied().collect());
-        Counters { machine_ticks, proxy: Some(ProxyCounters { ticks, switches }) }
+    const SECOND_NS: u64 = 1_000_000_000;
+
+    fn counters(machine_ticks: u64, reaped_ticks: u64, threads: &[(u32, u64, u64)]) -> Counters {
+        let thread = |(id, ran_ns, switches): &(u32, u64, u64)| {
+            (*id, ThreadCounters { ran_ns: *ran_ns, switches: *switches })
+        };
+        let threads = threads.iter().map(thread).collect();
+        let proxy = ProxyCounters { reaped_ticks, threads, forgets_switches: false };
+        Counters { machine_ticks, proxy: Some(proxy) }
     }
 
     #[test]
@@ -206,8 +232,9 @@ mod tests {
         assert_eq!(machine_ticks(stat).unwrap(), 51);
         assert!(machine_ticks("cpu  1 2 3\n").is_err());
         let process = "12 (a ) b) S 1 12 12 0 -1 4194560 1 2 3 4 100 20 3 4 20 0 1 0 5 6 7";
-        assert_eq!(process_ticks(process).unwrap(), 127);
-        assert!(process_ticks("12 (a) S 1 2").is_err());
+        assert_eq!(reaped_ticks(process).unwrap(), 7);
+        assert!(reaped_ticks("12 (a) S 1 2").is_err());
+        assert_eq!(ran_ns("123 45 6\n").unwrap(), 123);
         let status = "Name:\tx\nvoluntary_ctxt_switches:\t41\nnonvoluntary_ctxt_switches:\t7\n";
         assert_eq!(voluntary_switches(status).unwrap(), 41);
         let meminfo = "MemTotal: 9 kB\nSlab:  100 kB\nKernelStack: 20 kB\nPageTables:    3 kB\n";
@@ -220,20 +247,23 @@ mod tests {
     #[test]
     fn costs_are_per_unit_of_work_and_new_threads_count_in_whole() {
         let per_second = rustix::param::clock_ticks_per_second();
-        let before = counters(0, 0, &[(1, 100), (2, 50)]);
-        let after = counters(4 * per_second, per_second, &[(1, 300), (3, 200)]);
+        let before = counters(0, 0, &[(1, SECOND_NS, 100), (2, 5, 50)]);
+        let after = counters(4 * per_second, per_second, &[(1, 3 * SECOND_NS, 300), (3, SECOND_NS, 200)]);
         let costs = after.costs_since(&before, Work::Bytes(2 << 30));
         let expected = [
             ("machine_cpu_s_per_gib", 2.0),
-            ("proxy_cpu_s_per_gib", 0.5),
+            ("proxy_cpu_s_per_gib", 2.0),
             ("proxy_switches_per_mib", 400.0 / 2048.0),
         ];
         assert_eq!(costs, expected);
         let costs = after.costs_since(&before, Work::Requests(200_000));
         let expected =
-            [("machine_cpu_s_per_100k", 2.0), ("proxy_cpu_s_per_100k", 0.5), ("proxy_switches_per_1k", 2.0)];
+            [("machine_cpu_s_per_100k", 2.0), ("proxy_cpu_s_per_100k", 2.0), ("proxy_switches_per_1k", 2.0)];
         assert_eq!(costs, expected);
         assert_eq!(after.costs_since(&before, Work::Requests(0)), []);
+        let mut forgetful = after;
+        forgetful.proxy.as_mut().unwrap().forgets_switches = true;
+        assert_eq!(forgetful.switches_since(&before), None);
     }
 
     #[test]
@@ -256,7 +286,7 @@ mod tests {
         assert!(crate::process::readable_within(&stdout, patience).unwrap());
         let counters = Counters::now(Some(&running), false).unwrap();
         let proxy = counters.proxy.unwrap();
-        assert!(proxy.ticks > 0);
-        assert_eq!(proxy.switches.unwrap().len(), 2);
+        assert_eq!(proxy.threads.len(), 2);
+        assert!(proxy.sum_since(&ProxyCounters::default(), |thread| thread.ran_ns) > 1_000_000);
     }
 }

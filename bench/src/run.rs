@@ -28,7 +28,7 @@ pub enum PeerName {
     Direct,
     /// systemd's own proxy.
     SystemdSocketProxyd,
-    /// HAProxy in TCP mode with splice.
+    /// The proxy `haproxy` in TCP mode with splice.
     Haproxy,
     /// nginx as a stream proxy.
     Nginx,

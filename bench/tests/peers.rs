@@ -1,4 +1,5 @@
 //! Every proxy, started as for a measurement, forwards what the client checks byte by byte, and leaves nothing behind.
+//! Needs the peers' packages, which `cargo xtask install` installs as root.
 
 #![expect(
     clippy::unwrap_used,
@@ -10,7 +11,7 @@
 use std::fs;
 use std::net::TcpStream;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use drowse_bench::cases::Backend;
@@ -19,6 +20,7 @@ use drowse_bench::costs::{Counters, Work};
 use drowse_bench::cpus::Layout;
 use drowse_bench::peers::{Haproxy, Nginx, Peer, Socat, SocketProxyd, Wanted};
 use drowse_bench::process::{self, Running};
+use drowse_bench::report::Report;
 use drowse_bench::wire::Pattern;
 
 const BENCH: &str = env!("CARGO_BIN_EXE_drowse-bench");
@@ -58,7 +60,7 @@ fn forwards(peer: &dyn Peer) {
     let costs = counters().costs_since(&before, Work::Requests(rate.requests));
     let cost = |name| costs.iter().find(|(cost, _)| *cost == name).map(|(_, value)| *value);
     assert!(cost("machine_cpu_s_per_100k").unwrap() > 0.0, "{costs:?}");
-    assert!(cost("proxy_cpu_s_per_100k").is_some(), "{costs:?}");
+    assert!(cost("proxy_cpu_s_per_100k").is_some_and(|cpu_s| cpu_s > 0.0), "{costs:?}");
     // Each of the transfers made the proxy wait at least once.
     let switches = cost("proxy_switches_per_1k");
     assert_eq!(switches.is_none(), peer.has_process_for_each_flow(), "{costs:?}");
@@ -99,4 +101,26 @@ fn nginx_forwards() {
 #[test]
 fn socat_forwards() {
     forwards(&Socat);
+}
+
+#[test]
+fn a_remote_client_reaches_every_peer_through_a_network_of_its_own() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = Command::new(BENCH);
+    command.args(["--quick", "--no-drowse", "--only=remote", "--out"]).arg(directory.path());
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let report = fs::read_to_string(directory.path().join("latest.json")).unwrap();
+    let report: Report = serde_json::from_str(&report).unwrap();
+    assert_eq!(report.peers.len(), 5);
+    assert!(report.measurements.len() >= 2 * report.peers.len(), "{said}");
+    for measurement in &report.measurements {
+        let (case, peer) = (&measurement.case, &measurement.peer);
+        assert!(case.starts_with("remote/"), "{case}");
+        assert_eq!(measurement.unavailable, None, "{case}: {peer}: {said}");
+        assert_eq!(measurement.rounds.len(), 1, "{case}: {peer}");
+        let costs = measurement.details.keys().any(|name| name.starts_with("machine_cpu_s_per_"));
+        assert!(costs, "{case}: {peer}: {:?}", measurement.details);
+    }
 }

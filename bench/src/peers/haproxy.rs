@@ -1,4 +1,4 @@
-//! HAProxy in TCP mode with splice.
+//! The proxy `haproxy` in TCP mode with splice.
 //!
 //! One process with threads, so what ends the process ends all of it.
 
@@ -16,7 +16,7 @@ const PIPES_MAX: u64 = 512;
 /// Connections that its configuration allows beside those that a case opens, for those that still close.
 const MORE_CONNECTIONS: usize = 50;
 
-/// HAProxy, with `bench/peers/haproxy.cfg`.
+/// The proxy `haproxy`, with `bench/peers/haproxy.cfg`.
 #[derive(Debug)]
 pub struct Haproxy;
 
