@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 /// How long a child may take to end after SIGTERM before it gets SIGKILL.
@@ -104,7 +105,8 @@ impl Running {
     /// # Errors
     /// When `/proc` does not tell.
     pub fn memory(&self) -> Result<Memory> {
-        self.processes()?.into_iter().map(Memory::of).sum()
+        let memories = self.processes()?.into_iter().filter_map(|pid| Memory::of(pid).transpose());
+        memories.sum()
     }
 
     /// The processes of the program: itself, its children, and theirs.
@@ -187,9 +189,16 @@ pub struct Memory {
 }
 
 impl Memory {
-    fn of(pid: u32) -> Result<Self> {
+    /// None when the process has ended.
+    fn of(pid: u32) -> Result<Option<Self>> {
         let path = format!("/proc/{pid}/smaps_rollup");
-        let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(err) if [Some(Errno::NOENT), Some(Errno::SRCH)].contains(&Errno::from_io_error(&err)) => {
+                return Ok(None);
+            }
+            Err(err) => return Err(err).with_context(|| format!("read {path}")),
+        };
         let bytes = |field: &str| -> Result<u64> {
             let line = text
                 .lines()
@@ -199,7 +208,7 @@ impl Memory {
                 line.trim().trim_end_matches(" kB").parse::<u64>().context("read a field of smaps_rollup")?;
             Ok(kib * 1024)
         };
-        Ok(Self { pss_bytes: bytes("Pss:")?, rss_bytes: bytes("Rss:")? })
+        Ok(Some(Self { pss_bytes: bytes("Pss:")?, rss_bytes: bytes("Rss:")? }))
     }
 }
 
@@ -280,7 +289,7 @@ pub fn readable_within(fd: &impl AsFd, timeout: Duration) -> Result<bool> {
         let left = Timespec::try_from(left).context("a timeout is too long")?;
         match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left)) {
             Ok(ready) => return Ok(ready > 0),
-            Err(rustix::io::Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             Err(err) => return Err(err).context("wait for an event"),
         }
     }

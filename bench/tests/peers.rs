@@ -1,12 +1,7 @@
 //! Every proxy, started as for a measurement, forwards what the client checks byte by byte, and leaves nothing behind.
 //! Needs the peers' packages, which `cargo xtask install` installs as root.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::missing_panics_doc,
-    reason = "a test that panics has failed, as it should"
-)]
+#![expect(clippy::unwrap_used, reason = "a test that panics has failed, as it should")]
 
 use std::fs;
 use std::net::TcpStream;
