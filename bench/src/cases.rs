@@ -289,7 +289,9 @@ impl Setting {
     /// Starts a backend and `peer` in front of it, both at `ip`.
     fn start(&self, ip: IpAddr, peer: &dyn Peer, flows: usize) -> Result<(Backend, Started)> {
         if flows > peer.flows_max(self.files_max) {
-            bail!(Unavailable("it cannot hold so many flows at once"));
+            bail!(Unavailable(
+                "it cannot hold so many flows with the files, or the processes, that it may have"
+            ));
         }
         let mut command = process::command(&self.this_program);
         command.args(Self::backend_arguments(SocketAddr::new(ip, 0), Duration::ZERO));

@@ -39,15 +39,17 @@ const CARGO_TOOLS: [(&str, &str, &str); 2] =
 /// Installs what is missing.
 pub fn run() -> anyhow::Result<()> {
     let packages = missing_packages()?;
-    if packages.is_empty() {
+    let peer_packages = missing_peers(|_| true);
+    if packages.is_empty() && peer_packages.is_empty() {
         say("all Debian packages are there");
-    } else if can_install() {
-        debian_packages(&packages)?;
-    } else {
+    } else if !can_install() {
         bail!(
             "packages are missing; on Debian, as root: `apt-get update` and `apt-get install {}`",
-            packages.join(" ")
+            [packages, peer_packages].concat().join(" ")
         );
+    }
+    if !packages.is_empty() {
+        debian_packages(&packages)?;
     }
     peers(|_| true)?;
     for (package, version, program) in CARGO_TOOLS {
@@ -65,8 +67,7 @@ pub fn run() -> anyhow::Result<()> {
 /// Installs the peers that are `wanted` by name and missing, without their services. Who may not is told of it: the
 /// benchmark leaves out what is not there.
 pub fn peers(wanted: impl Fn(&str) -> bool) -> anyhow::Result<()> {
-    let missing = PEERS.iter().filter(|(peer, _, program)| wanted(peer) && process::find(program).is_none());
-    let packages: Vec<_> = missing.map(|&(_, package, _)| package).collect();
+    let packages = missing_peers(wanted);
     if packages.is_empty() {
         return Ok(());
     }
@@ -93,6 +94,12 @@ pub fn peers(wanted: impl Fn(&str) -> bool) -> anyhow::Result<()> {
     }
     installed?;
     systemctl(&["disable"])
+}
+
+/// Packages of the peers that are `wanted` by name and not there.
+fn missing_peers(wanted: impl Fn(&str) -> bool) -> Vec<&'static str> {
+    let missing = PEERS.iter().filter(|(peer, _, program)| wanted(peer) && process::find(program).is_none());
+    missing.map(|&(_, package, _)| package).collect()
 }
 
 /// The program of a Debian package, which is installed if it is missing and we may.
