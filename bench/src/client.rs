@@ -169,6 +169,8 @@ pub struct RequestRate {
     pub per_second: f64,
     /// From sending a request until its whole answer was there, in nanoseconds.
     pub latency: Histogram<u64>,
+    /// All requests that were answered, those of the warm-up included.
+    pub requests: u64,
 }
 
 /// One connection of a closed loop.
@@ -234,6 +236,7 @@ impl RequestLoad {
             requester.send_next(pattern, drowse::clock::now())?;
         }
         let mut on_their_way = requesters.len();
+        let mut requests = 0;
         let mut last_answer_at = counts_from;
         let mut events = Vec::with_capacity(self.connections);
         let patience = Timespec::try_from(ANSWER_WITHIN).context("set a deadline")?;
@@ -252,6 +255,7 @@ impl RequestLoad {
                 }
                 let now = drowse::clock::now();
                 last_answer_at = now;
+                requests += 1;
                 if now >= counts_from {
                     latency.saturating_record(drowse::clock::as_nanos(now.saturating_sub(requester.sent_at)));
                 }
@@ -265,7 +269,7 @@ impl RequestLoad {
         ensure!(!latency.is_empty(), "no answer arrived in the measured time");
         #[expect(clippy::cast_precision_loss, reason = "a rate needs no more than 52 bits")]
         let per_second = latency.len() as f64 / last_answer_at.saturating_sub(counts_from).as_secs_f64();
-        Ok(RequestRate { per_second, latency })
+        Ok(RequestRate { per_second, latency, requests })
     }
 
     fn connect_all(&self, address: SocketAddr) -> Result<Vec<Requester>> {

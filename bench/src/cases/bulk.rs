@@ -1,6 +1,6 @@
 //! Many bytes over one connection: `bulk/up`, `bulk/down` and `bulk/both`, in MiB per second (both ways added up).
 
-use crate::cases::{Case, Contestant, Sample, Setting};
+use crate::cases::{Case, Contestant, Sample, Setting, Work};
 use crate::client::{self, Direction};
 use crate::peers::Peer;
 use crate::report::Better;
@@ -27,10 +27,12 @@ pub fn cases(setting: &Setting) -> Vec<Case<'_>> {
 
 fn contestant<'a>(setting: &'a Setting, peer: &'a dyn Peer, direction: Direction) -> Contestant<'a> {
     let measure = move || {
-        let bytes_per_second = setting.with_peer(peer, 1, |started| {
-            client::bulk(started.address, &setting.pattern, direction, setting.sizes.bulk_bytes)
-        })?;
-        Ok(Sample { value: bytes_per_second / MIB, latency: None, details: Vec::new() })
+        setting.with_peer(peer, 1, |started| {
+            let bytes = setting.sizes.bulk_bytes;
+            let bytes_per_second = client::bulk(started.address, &setting.pattern, direction, bytes)?;
+            let work = Some(Work::Bytes(if direction == Direction::Both { 2 * bytes } else { bytes }));
+            Ok(Sample { value: bytes_per_second / MIB, latency: None, details: Vec::new(), work })
+        })
     };
     Contestant { peer: peer.name(), measure: Box::new(measure) }
 }

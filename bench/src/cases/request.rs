@@ -1,6 +1,6 @@
 //! Request and answer over connections that stay open: `request/LEN/CONNECTIONS`, in requests per second.
 
-use crate::cases::{Case, Contestant, Sample, Setting};
+use crate::cases::{Case, Contestant, Sample, Setting, Work};
 use crate::client::RequestLoad;
 use crate::report::Better;
 
@@ -23,9 +23,12 @@ fn case(setting: &Setting, connections: usize) -> Case<'_> {
     let contestant = |peer| Contestant {
         peer: crate::peers::Peer::name(peer),
         measure: Box::new(move || {
-            let rate = setting
-                .with_peer(peer, connections, |started| load.run(started.address, &setting.pattern))?;
-            Ok(Sample { value: rate.per_second, latency: Some(rate.latency), details: Vec::new() })
+            setting.with_peer(peer, connections, |started| {
+                let rate = load.run(started.address, &setting.pattern)?;
+                let work = Some(Work::Requests(rate.requests));
+                let latency = Some(rate.latency);
+                Ok(Sample { value: rate.per_second, latency, details: Vec::new(), work })
+            })
         }),
     };
     Case {
