@@ -66,6 +66,11 @@ pub trait Peer {
     /// The command line of the proxy, for the report; empty for a direct connection.
     fn command_line(&self, wanted: &Wanted<'_>) -> Vec<String>;
 
+    /// Its configuration file, for the report; none where the command line says all.
+    fn configuration(&self) -> Option<String> {
+        None
+    }
+
     /// Starts it.
     ///
     /// # Errors
