@@ -91,11 +91,11 @@ fn latency(report: &Report) -> Result<Option<String>> {
         .collect();
     let heading = case.first().map(|first| title(&first.case)).unwrap_or_default();
     let end = lines.iter().flat_map(|line| &line.points).fold(1.0_f64, |end, (x, _)| end.max(*x));
-    let percentiles = ["0", "90 %", "99 %", "99.9 %", "99.99 %", "99.999 %", "99.9999 %", "99.99999 %"];
-    let x_ticks = (0_u32..)
-        .zip(percentiles)
-        .take_while(|(decade, _)| f64::from(*decade) < end + 1.0)
-        .map(|(decade, label)| Tick { at: f64::from(decade), label: label.to_owned() });
+    let percentiles = ["0", "90 %", "99 %", "99.9 %", "99.99 %", "99.999 %", "99.9999 %"];
+    let decades = (0_u32..).zip(percentiles).filter(|(decade, _)| f64::from(*decade) < end - 0.1);
+    let x_ticks = decades.map(|(decade, label)| Tick { at: f64::from(decade), label: label.to_owned() });
+    // The axis ends where the answers do, which has no round name.
+    let x_ticks = x_ticks.chain([Tick { at: end, label: String::new() }]);
     let chart = Chart {
         title: format!("Latency, {heading}: lower is better"),
         x_label: "answers that came within this time",
@@ -188,7 +188,7 @@ fn cost(report: &Report) -> Result<Option<String>> {
         x_label: "size of a message",
         y_label: label,
         x_ticks: sizes.into_iter().map(|at| Tick { at, label: size_label(at) }).collect(),
-        y_ticks: lines::log_ticks(&lines, figure),
+        y_ticks: lines::log_ticks(&lines, |seconds| seconds.to_string()),
         lines,
         has_markers: true,
         footer: origin(report),
@@ -364,7 +364,7 @@ mod tests {
             own
         };
         let one = memory(&report(vec![idle("idle-flows", 9000.0)])).unwrap().unwrap();
-        assert!(one.contains("Open idle flows") && one.contains("pss mb"), "{one}");
+        assert!(one.contains("Open idle flows") && one.contains("PSS MB"), "{one}");
         let several = vec![idle("idle-flows/1000", 1000.0), idle("idle-flows/9000", 9000.0)];
         let line = memory(&report(several)).unwrap().unwrap();
         assert!(line.contains("over open idle flows") && line.contains("PSS in MB"), "{line}");

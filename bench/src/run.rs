@@ -319,3 +319,69 @@ fn contradictions(report: &Report, path: &Path) -> Result<Vec<String>> {
     );
     Ok(comparison.contradictions)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Better;
+    use crate::report::tests::{measurement, report};
+
+    #[derive(clap::Parser)]
+    struct Arguments {
+        #[command(flatten)]
+        run: RunArgs,
+    }
+
+    fn parse(arguments: &[&str]) -> Result<RunArgs, clap::Error> {
+        let line = ["bench"].iter().chain(arguments);
+        <Arguments as clap::Parser>::try_parse_from(line).map(|arguments| arguments.run)
+    }
+
+    /// One peer twice as quick as the other.
+    fn run_of(quick: &str, slow: &str) -> Report {
+        report(vec![
+            measurement("bulk/up", quick, Better::Higher, &[200.0; 5]),
+            measurement("bulk/up", slow, Better::Higher, &[100.0; 5]),
+        ])
+    }
+
+    #[test]
+    fn files_of_another_run_do_not_stay_beside_this_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let stale = directory.path().join("latency.svg");
+        fs::write(&stale, "of another run").unwrap();
+        let report = run_of("a", "b");
+        save(directory.path(), &report, &[("latest.md", "text".to_owned())]).unwrap();
+        assert!(!stale.exists());
+        assert!(directory.path().join("throughput.svg").exists());
+        assert_eq!(fs::read_to_string(directory.path().join("latest.md")).unwrap(), "text");
+        let back = Report::read(&directory.path().join("latest.json")).unwrap();
+        assert_eq!(back.to_json().unwrap(), report.to_json().unwrap());
+    }
+
+    #[test]
+    fn a_run_that_contradicts_another_fails_and_names_the_pair() {
+        let directory = tempfile::tempdir().unwrap();
+        let (one, other) = (directory.path().join("one.json"), directory.path().join("other.json"));
+        fs::write(&one, run_of("a", "b").to_json().unwrap()).unwrap();
+        fs::write(&other, run_of("b", "a").to_json().unwrap()).unwrap();
+        let compared = |this: &Path, other: &Path| {
+            let paths = [this, other].map(|path| path.display().to_string());
+            let [this, other] = paths.each_ref().map(String::as_str);
+            run(&parse(&["--from", this, "--compare", other]).unwrap(), |_| Ok(()))
+        };
+        compared(&one, &one).unwrap();
+        let failure = format!("{:#}", compared(&one, &other).unwrap_err());
+        assert!(failure.contains("bulk/up: a is ahead of b in this run"), "{failure}");
+        let missing = format!("{:#}", compared(&one, &directory.path().join("none")).unwrap_err());
+        assert!(missing.contains("none"), "{missing}");
+    }
+
+    #[test]
+    fn a_smoke_test_can_be_neither_checked_nor_compared() {
+        assert!(parse(&["--quick", "--check"]).is_err());
+        assert!(parse(&["--quick", "--compare", "other.json"]).is_err());
+        assert!(parse(&["--quick", "--from", "other.json"]).is_err());
+        assert_eq!(parse(&["--only", "request/64B,bulk"]).unwrap().only, ["request/64B", "bulk"]);
+    }
+}

@@ -97,10 +97,10 @@ impl Chart<'_> {
             .x_desc(self.x_label)
             .y_desc(self.y_label)
             .draw()?;
-        // drowse last, so that its lines lie above the others.
+        // drowse first: its lines are thicker and show below those that they coincide with.
         let (own, others): (Vec<_>, Vec<_>) =
             self.lines.iter().partition(|line| line.peer.starts_with("drowse"));
-        for line in others.into_iter().chain(own) {
+        for line in own.into_iter().chain(others) {
             let points: Vec<(f64, f64)> =
                 line.points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect();
             if self.has_markers || points.len() == 1 {
@@ -180,7 +180,9 @@ pub fn linear_ticks(values: impl Iterator<Item = f64>) -> Vec<Tick> {
     let mut ticks = Vec::new();
     for count in 0_u32..=9 {
         let at = step * f64::from(count);
-        ticks.push(Tick { at, label: if count == 0 { "0".to_owned() } else { super::figure(at) } });
+        let label = super::figure(at);
+        let label = label.strip_suffix(".00").or(label.strip_suffix(".0")).unwrap_or(&label).to_owned();
+        ticks.push(Tick { at, label });
         if at >= end && count > 0 {
             break;
         }

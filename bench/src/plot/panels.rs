@@ -2,11 +2,11 @@
 
 use anyhow::Result;
 use plotters::element::Rectangle;
-use plotters::style::Color;
 use plotters::style::text_anchor::HPos;
+use plotters::style::{Color, WHITE};
 
 use super::{Area, DIRECT, GRID, INK, Setting, colour, page, pixels, write};
-use crate::report::markdown::figure;
+use crate::report::markdown::{figure, words};
 use crate::report::{Measurement, title};
 use crate::stats::Summary;
 
@@ -22,6 +22,8 @@ const ROW: f64 = 23.0;
 const BAR: f64 = 15.0;
 const GAP: f64 = 26.0;
 const DASH: f64 = 4.0;
+/// The width of a digit of a figure, at most.
+const LETTER: f64 = 9.0;
 
 /// One case.
 pub struct Panel<'a> {
@@ -49,7 +51,7 @@ impl<'a> Panel<'a> {
             .filter(|own| own.failure.is_none())
             .filter_map(|own| Some(Bar { peer: &own.peer, summary: summary(own)? }))
             .collect();
-        let unit = detail.map_or_else(|| first.unit.clone(), |name| name.replace('_', " "));
+        let unit = detail.map_or_else(|| first.unit.clone(), words);
         (!bars.is_empty()).then(|| Self { title: title(&first.case), unit, bars })
     }
 
@@ -117,6 +119,14 @@ fn one(area: &Area<'_>, panel: &Panel<'_>, peers: &[&str], (left, top): (f64, f6
     let scale = BAR_WIDTH / panel.end();
     let bottom = top + HEAD + ROW * peers.iter().fold(0.0, |count, _| count + 1.0);
     fill(area, (left - 1.0, top + HEAD), (left, bottom), &GRID)?;
+    if let Some(direct) = panel.bars.iter().find(|bar| bar.peer == DIRECT) {
+        let x = left + direct.summary.median.max(0.0) * scale;
+        let mut y = top + HEAD;
+        while y < bottom {
+            fill(area, (x - 1.0, y), (x, (y + DASH).min(bottom)), &colour(DIRECT))?;
+            y += 2.0 * DASH;
+        }
+    }
     let mut y = top + HEAD + ROW / 2.0;
     for peer in peers {
         match panel.bars.iter().find(|bar| bar.peer == *peer) {
@@ -124,13 +134,6 @@ fn one(area: &Area<'_>, panel: &Panel<'_>, peers: &[&str], (left, top): (f64, f6
             None => write(area, "not measured", (left + 6.0, y), Setting::NOTE)?,
         }
         y += ROW;
-    }
-    let Some(direct) = panel.bars.iter().find(|bar| bar.peer == DIRECT) else { return Ok(()) };
-    let x = left + direct.summary.median.max(0.0) * scale;
-    let mut y = top + HEAD;
-    while y < bottom {
-        fill(area, (x - 1.0, y), (x, (y + DASH).min(bottom)), &colour(DIRECT))?;
-        y += 2.0 * DASH;
     }
     Ok(())
 }
@@ -143,7 +146,10 @@ fn row(area: &Area<'_>, bar: &Bar<'_>, scale: f64, (left, y): (f64, f64)) -> Res
     let mark = if bar.summary.is_wide() { "~" } else { "" };
     let end = x(median).max(x(upper_quartile));
     let setting = Setting { bold: bar.peer.starts_with("drowse"), ..Setting::LABEL };
-    write(area, &format!("{mark}{}", figure(median)), (end + 6.0, y), setting)
+    let text = format!("{mark}{}", figure(median));
+    let text_end = text.chars().fold(end + 8.0, |x, _| x + LETTER);
+    fill(area, (end + 4.0, y - BAR / 2.0), (text_end, y + BAR / 2.0), &WHITE)?;
+    write(area, &text, (end + 6.0, y), setting)
 }
 
 fn fill(area: &Area<'_>, from: (f64, f64), to: (f64, f64), colour: &impl Color) -> Result<()> {

@@ -145,7 +145,7 @@ fn costs(text: &mut String, case: &[Measurement]) -> std::fmt::Result {
     if details.is_empty() {
         return Ok(());
     }
-    let columns: Vec<String> = ["peer"].iter().chain(&details).map(|name| name.replace('_', " ")).collect();
+    let columns: Vec<String> = ["peer"].iter().chain(&details).map(|name| words(name)).collect();
     writeln!(text)?;
     header(text, &columns)?;
     for measurement in case.iter().filter(|measurement| !measurement.details.is_empty()) {
@@ -246,6 +246,23 @@ fn is_reference(peer: &str) -> bool {
     !peer.starts_with("drowse")
 }
 
+/// The name of a detail in words: `pss_mb` as `PSS MB`.
+pub(crate) fn words(detail: &str) -> String {
+    let word = |word| match word {
+        "mb" => "MB",
+        "kib" => "KiB",
+        "mib" => "MiB",
+        "gib" => "GiB",
+        "cpu" => "CPU",
+        "pss" => "PSS",
+        "rss" => "RSS",
+        "1k" => "1,000",
+        "100k" => "100,000",
+        other => other,
+    };
+    detail.split('_').map(word).collect::<Vec<_>>().join(" ")
+}
+
 pub(super) fn nothing() -> String {
     "-".to_owned()
 }
@@ -305,7 +322,7 @@ mod tests {
             broken,
         ]));
         assert!(text.contains("| drowse-splice | 100 | 100 - 100 | 0 % | 0.50 | 2.00 |"), "{text}");
-        assert!(text.contains("| peer | pss mb |\n|---|---:|\n| direct | 20.0 |"), "{text}");
+        assert!(text.contains("| peer | PSS MB |\n|---|---:|\n| direct | 20.0 |"), "{text}");
         assert!(text.contains("| drowse-copy | failed |"), "{text}");
         assert!(text.contains("Best proxy: drowse-splice."), "{text}");
         assert!(text.contains("- case: drowse-copy: wrong bytes"), "{text}");
@@ -324,6 +341,12 @@ mod tests {
             measurement("case", "drowse-splice", Better::Higher, &[200.0]),
         ]));
         assert!(few.contains("| ~2.00 |") && few.contains("No winner: fewer than 5 rounds."), "{few}");
+    }
+
+    #[test]
+    fn details_have_names_in_words() {
+        assert_eq!(words("machine_cpu_s_per_100k"), "machine CPU s per 100,000");
+        assert_eq!(words("kernel_kib_per_flow"), "kernel KiB per flow");
     }
 
     #[test]
