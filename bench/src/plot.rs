@@ -146,13 +146,13 @@ fn is_idle(case: &[Measurement]) -> bool {
     case.first().is_some_and(|first| first.case == "idle-flows" || first.case.starts_with("idle-flows/"))
 }
 
-/// The main figure, then every detail that is a cost of its own.
+/// The main figure, then every detail that does not depend on how many flows a peer could hold.
 fn memory_panels(case: &[Measurement]) -> Vec<Panel<'_>> {
     let mut details: Vec<&str> =
         case.iter().flat_map(|peer| peer.details.keys()).map(String::as_str).collect();
     details.sort_unstable();
     details.dedup();
-    let costs = details.into_iter().filter(|name| !matches!(*name, "flows" | "rss_mb"));
+    let costs = details.into_iter().filter(|name| !matches!(*name, "flows" | "pss_mb" | "rss_mb"));
     [None].into_iter().chain(costs.map(Some)).filter_map(|detail| Panel::of(case, detail)).collect()
 }
 
@@ -361,10 +361,11 @@ mod tests {
         let idle = |case: &str, flows: f64| {
             let mut own = measurement(case, "a", Better::Lower, &[10.0; 5]);
             own.details.insert("flows".to_owned(), vec![flows; 5]);
+            own.details.insert("kernel_kib_per_flow".to_owned(), vec![13.0; 5]);
             own
         };
         let one = memory(&report(vec![idle("idle-flows", 9000.0)])).unwrap().unwrap();
-        assert!(one.contains("Open idle flows") && one.contains("PSS MB"), "{one}");
+        assert!(one.contains("Open idle flows") && one.contains("kernel KiB per flow"), "{one}");
         let several = vec![idle("idle-flows/1000", 1000.0), idle("idle-flows/9000", 9000.0)];
         let line = memory(&report(several)).unwrap().unwrap();
         assert!(line.contains("over open idle flows") && line.contains("PSS in MB"), "{line}");

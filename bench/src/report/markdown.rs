@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use crate::isolation::Network;
 use crate::report::ranking::{Verdict, order, ties, verdict};
 use crate::report::{Measurement, Report, title};
-use crate::stats::{DIFFERENCE_MIN, Order, ROUNDS_MIN, SPREAD_MAX, median};
+use crate::stats::{DIFFERENCE_MIN, Order, ROUNDS_MIN, SPREAD_MAX, Summary, median};
 
 /// A machine that does nothing else has less than this.
 const LOAD_AVERAGE_MAX: f64 = 0.5;
@@ -229,16 +229,20 @@ fn own_cells(measurement: &Measurement) -> Vec<String> {
         (Some(summary), None) => {
             cells.push(figure(summary.median));
             cells.push(format!("{} - {}", figure(summary.min), figure(summary.max)));
-            cells.push(format!(
-                "{:.0} %{}",
-                summary.spread() * 100.0,
-                if summary.is_wide() { " (wide)" } else { "" }
-            ));
+            cells.push(spread(measurement, summary));
         }
         (_, Some(_)) => cells.extend(["failed".to_owned(), nothing(), nothing()]),
         (None, None) => cells.extend(["not available".to_owned(), nothing(), nothing()]),
     }
     cells
+}
+
+/// One round has no spread.
+fn spread(measurement: &Measurement, summary: &Summary) -> String {
+    if measurement.rounds.len() < 2 {
+        return nothing();
+    }
+    format!("{:.0} %{}", summary.spread() * 100.0, if summary.is_wide() { " (wide)" } else { "" })
 }
 
 /// What others are compared with: the limit and the peers, not drowse's own variants.
@@ -340,7 +344,11 @@ mod tests {
             measurement("case", "haproxy", Better::Higher, &[100.0]),
             measurement("case", "drowse-splice", Better::Higher, &[200.0]),
         ]));
-        assert!(few.contains("| ~2.00 |") && few.contains("No winner: fewer than 5 rounds."), "{few}");
+        assert!(
+            few.contains("| 200 | 200 - 200 | - | ~2.00 |")
+                && few.contains("No winner: fewer than 5 rounds."),
+            "{few}"
+        );
     }
 
     #[test]

@@ -78,7 +78,8 @@ impl<'a> Row<'a> {
     fn cell(&self, peer: &str) -> Option<String> {
         let own = self.of(peer)?;
         let median_text = figure(median(own)?);
-        let Some(reference) = self.of(REFERENCE).filter(|_| peer != REFERENCE) else {
+        let comparable = |rounds: &&[f64]| peer != REFERENCE && rounds.iter().all(|round| *round != 0.0);
+        let Some(reference) = self.of(REFERENCE).filter(comparable) else {
             return Some(median_text);
         };
         let seen = matches!(stats::order(own, reference, self.better), Order::Ahead | Order::Behind);
@@ -172,6 +173,15 @@ mod tests {
         assert!(text.contains("(CPU s of the machine per GiB, less is better) | 0.50 |"), "{text}");
         assert!(text.contains("| cold start, instant backend (1/s, less is better) |"), "{text}");
         assert!(text.contains("Measured on 2026-01-01 with `cargo xtask bench`: kernel 6.18"), "{text}");
+    }
+
+    #[test]
+    fn nothing_is_a_multiple_of_zero() {
+        let text = render(&report(vec![
+            measurement("bulk/up", REFERENCE, Better::Higher, &[0.0; 5]),
+            measurement("bulk/up", "drowse-splice", Better::Higher, &[250.0; 5]),
+        ]));
+        assert!(text.contains("| 250 | 0.00 |"), "{text}");
     }
 
     #[test]
