@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
 use crate::report::{Measurement, Report};
-use crate::stats::Summary;
+use crate::stats::{Summary, ratios};
 
 /// Version of the file's format.
 const SCHEMA: u32 = 1;
@@ -46,12 +46,6 @@ impl Bars {
         for bar in &bars.bars {
             let limits = usize::from(bar.at_least.is_some()) + usize::from(bar.at_most.is_some());
             ensure!(limits == 1, "the bar of {} in {} needs either at_least or at_most", bar.peer, bar.case);
-            ensure!(
-                bar.detail.is_none() || bar.against.is_none(),
-                "the bar of {} in {} cannot compare a detail with a peer",
-                bar.peer,
-                bar.case
-            );
         }
         Ok(bars)
     }
@@ -76,7 +70,9 @@ impl Bar {
             return Some(format!("{what} was not available: {reason}"));
         }
         let Some(summary) = self.figure(report, measurement) else {
-            return Some(format!("{what} has no figure to compare with the bar"));
+            let against =
+                self.against.as_ref().map_or_else(String::new, |peer| format!(", or {peer} has none"));
+            return Some(format!("{what} has no figure to compare with the bar{against}"));
         };
         let (limit, word, short) = match (self.at_least, self.at_most) {
             (Some(limit), _) => (limit, "at least", summary.median < limit),
@@ -84,7 +80,8 @@ impl Bar {
             (None, None) => return Some(format!("{what} has a bar without a limit")),
         };
         let unit = match (&self.against, &self.detail) {
-            (Some(peer), _) => format!("times {peer}"),
+            (Some(peer), None) => format!("times {peer}"),
+            (Some(peer), Some(detail)) => format!("times {peer} ({detail})"),
             (None, Some(detail)) => detail.clone(),
             (None, None) => measurement.unit.clone(),
         };
@@ -98,12 +95,16 @@ impl Bar {
     }
 
     fn figure(&self, report: &Report, own: &Measurement) -> Option<Summary> {
-        match (&self.against, &self.detail) {
-            (Some(peer), _) => {
-                own.ratio_to(report.find(&self.case, peer).filter(|peer| peer.failure.is_none())?)
+        let rounds = |of: &'_ Measurement| match &self.detail {
+            Some(detail) => of.details.get(detail).cloned(),
+            None => Some(of.rounds.clone()),
+        };
+        match &self.against {
+            Some(peer) => {
+                let reference = report.find(&self.case, peer).filter(|peer| peer.failure.is_none())?;
+                Summary::of(&ratios(&rounds(own)?, &rounds(reference)?))
             }
-            (None, Some(detail)) => Summary::of(own.details.get(detail)?),
-            (None, None) => own.summary,
+            None => Summary::of(&rounds(own)?),
         }
     }
 }
@@ -134,6 +135,11 @@ mod tests {
         assert_eq!(missed("at_most = 12.0", &peers), ["c: a has 13.00 1/s, the bar is at most 12"]);
         assert!(missed("detail = \"pss_mb\"\nat_most = 1.4", &peers).is_empty());
         assert_eq!(missed("detail = \"pss_mb\"\nat_most = 1.2", &peers).len(), 1);
+        assert!(missed("detail = \"pss_mb\"\nagainst = \"b\"\nat_most = 1.3", &peers).is_empty());
+        assert_eq!(
+            missed("detail = \"pss_mb\"\nagainst = \"b\"\nat_most = 1.2", &peers),
+            ["c: a has 1.30 times b (pss_mb), the bar is at most 1.2"]
+        );
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! The comparison of drowse with its peers, in the order in which a run meets the modules:
-//! [`isolation`] -> [`cpus`] -> [`peers`] -> [`cases`] -> [`report`] -> [`bars`].
+//! [`isolation`] -> [`cpus`] -> [`peers`] -> [`cases`] -> [`report`] -> [`plot`] -> [`bars`].
 //!
 //! [`client`] and [`backend`] are the two ends of every measurement and speak [`wire`]; [`process`] owns all children,
 //! [`costs`] what they take of the machine, and [`stats`] the rules by which rounds become figures.
@@ -12,6 +12,7 @@ pub mod costs;
 pub mod cpus;
 pub mod isolation;
 pub mod peers;
+pub mod plot;
 pub mod process;
 pub mod report;
 pub mod run;

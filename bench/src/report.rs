@@ -3,7 +3,10 @@
 //! Owns: the versioned schema. Must never: lose a round; every figure that a table shows can be worked out again.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
 
+use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
@@ -11,18 +14,25 @@ use crate::cpus::Layout;
 use crate::isolation::Network;
 use crate::stats::{Summary, ratios};
 
+pub use crate::stats::Better;
+
+pub mod compare;
 pub mod markdown;
+pub mod ranking;
+pub mod readme;
 
 /// Version of the schema of [`Report`]; changes when a field changes its meaning or goes away.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// A whole run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
     /// [`SCHEMA`] of the program that wrote it.
     pub schema: u32,
-    /// When the run began, in UTC.
+    /// When the run began, in UTC (RFC 3339).
     pub started: String,
+    /// When its last round ended, in UTC (RFC 3339).
+    pub ended: String,
     /// The arguments of the run.
     pub arguments: Vec<String>,
     /// A smoke test: its figures are not to be compared.
@@ -46,6 +56,8 @@ pub struct Machine {
     pub kernel: String,
     /// The processor's own name.
     pub processor: String,
+    /// Processors that this run could use.
+    pub processors: usize,
     /// The processors of each part.
     pub layout: Layout,
     /// Memory in MiB.
@@ -55,7 +67,9 @@ pub struct Machine {
     /// TCP congestion control of all sockets.
     pub congestion_control: String,
     /// Load average of the last minute when the run began: other work on the machine spoils figures.
-    pub load_average: f64,
+    pub load_average_start: f64,
+    /// The same when it had ended; most of it is the run's own work.
+    pub load_average_end: f64,
     /// Files that each process could open.
     pub files_max: u64,
 }
@@ -69,16 +83,8 @@ pub struct PeerFacts {
     pub version: String,
     /// How it was started for one flow; empty for a direct connection.
     pub command_line: Vec<String>,
-}
-
-/// Which way is better.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Better {
-    /// More is better.
-    Higher,
-    /// Less is better.
-    Lower,
+    /// Its configuration file, for one flow; none where the command line says all.
+    pub configuration: Option<String>,
 }
 
 /// One peer in one case.
@@ -114,9 +120,11 @@ impl Measurement {
     }
 }
 
-/// Percentiles of a latency, in microseconds.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+/// Percentiles of a latency over all rounds, in microseconds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Latency {
+    /// Answers counted.
+    pub count: u64,
     /// Half of the answers came within.
     pub p50_us: f64,
     /// 99 of 100.
@@ -125,6 +133,17 @@ pub struct Latency {
     pub p999_us: f64,
     /// All of them.
     pub max_us: f64,
+    /// The whole distribution, as far as there were answers enough to know it.
+    pub curve: Vec<LatencyPoint>,
+}
+
+/// One point of a distribution.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct LatencyPoint {
+    /// One answer of this many was slower: 100 is the 99th percentile.
+    pub one_in: u32,
+    /// All others came within this time.
+    pub us: f64,
 }
 
 impl Latency {
@@ -133,16 +152,66 @@ impl Latency {
     pub fn of(histogram: &Histogram<u64>) -> Self {
         let microseconds =
             |nanoseconds: u64| std::time::Duration::from_nanos(nanoseconds).as_secs_f64() * 1e6;
+        let within = |part: f64| microseconds(histogram.value_at_quantile(part));
+        let curve = (0..=6).flat_map(|decade| [1, 2, 5].map(|digit| digit * 10_u32.pow(decade)));
         Self {
-            p50_us: microseconds(histogram.value_at_quantile(0.5)),
-            p99_us: microseconds(histogram.value_at_quantile(0.99)),
-            p999_us: microseconds(histogram.value_at_quantile(0.999)),
+            count: histogram.len(),
+            p50_us: within(0.5),
+            p99_us: within(0.99),
+            p999_us: within(0.999),
             max_us: microseconds(histogram.max()),
+            curve: curve
+                .filter(|one_in| u64::from(*one_in) <= histogram.len())
+                .map(|one_in| LatencyPoint { one_in, us: within(1.0 - 1.0 / f64::from(one_in)) })
+                .collect(),
         }
     }
 }
 
 impl Report {
+    /// Reads what an earlier run wrote.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or was written with another schema.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+        Self::parse(&text).with_context(|| format!("read the run in {}", path.display()))
+    }
+
+    /// Reads the text of a `latest.json`.
+    ///
+    /// # Errors
+    /// When it is not JSON of this schema.
+    pub fn parse(text: &str) -> Result<Self> {
+        /// Of all schemas.
+        #[derive(Deserialize)]
+        struct Version {
+            schema: u32,
+        }
+        let Version { schema } = serde_json::from_str(text).context("find its schema")?;
+        ensure!(
+            schema == SCHEMA,
+            "it has schema {schema} and this program knows {SCHEMA}: measure again with `cargo xtask bench`"
+        );
+        serde_json::from_str(text).context("read it as JSON of this schema")
+    }
+
+    /// The text of `latest.json`.
+    ///
+    /// # Errors
+    /// When a figure cannot be written as JSON.
+    pub fn to_json(&self) -> Result<String> {
+        let mut json = serde_json::to_string_pretty(self).context("write the report as JSON")?;
+        json.push('\n');
+        Ok(json)
+    }
+
+    /// The names of all that was measured, in the order of measuring.
+    #[must_use]
+    pub fn peer_names(&self) -> Vec<&str> {
+        names(&self.measurements)
+    }
+
     /// The measurements in groups of one case each, in order.
     pub fn cases(&self) -> impl Iterator<Item = &[Measurement]> {
         self.measurements.chunk_by(|one, next| one.case == next.case)
@@ -165,40 +234,49 @@ impl Report {
     }
 }
 
-/// Who won a case.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Verdict<'a> {
-    /// One proxy was better than every other, by more than the spread.
-    Winner(&'a str),
-    /// The two best differ by less than their spread.
-    Tie(&'a str, &'a str),
-    /// The rounds of this peer differ too much.
-    TooWide(&'a str, f64),
-    /// Fewer than two proxies, or too few rounds to know a spread.
-    Nothing,
+/// The peers of `measurements`, each once, in order.
+pub(crate) fn names(measurements: &[Measurement]) -> Vec<&str> {
+    let mut names: Vec<&str> = Vec::new();
+    for measurement in measurements {
+        if !names.contains(&measurement.peer.as_str()) {
+            names.push(&measurement.peer);
+        }
+    }
+    names
 }
 
-/// Ranks the proxies of one case; a direct connection is the limit, not a competitor.
+/// A case's name in words.
 #[must_use]
-pub fn verdict(case: &[Measurement]) -> Verdict<'_> {
-    let summed = |measurement: &'_ Measurement| measurement.summary;
-    let mut ranked: Vec<(&str, Summary)> = case
-        .iter()
-        .filter(|measurement| measurement.peer != "direct" && measurement.rounds.len() >= 3)
-        .filter_map(|measurement| Some((measurement.peer.as_str(), summed(measurement)?)))
-        .collect();
-    ranked.sort_by(|(_, left), (_, right)| left.median.total_cmp(&right.median));
-    if case.first().is_some_and(|measurement| measurement.better == Better::Higher) {
-        ranked.reverse();
+pub fn title(case: &str) -> String {
+    let parts: Vec<&str> = case.split('/').collect();
+    match parts.as_slice() {
+        ["remote", ..] => {
+            format!("remote client: {}", title(case.strip_prefix("remote/").unwrap_or_default()))
+        }
+        ["request", len, "1"] => format!("{} requests, 1 connection", length(len)),
+        ["request", len, connections] => format!("{} requests, {connections} connections", length(len)),
+        ["latency", len, rate] => format!("{} requests at {rate}/s", length(len)),
+        ["connect", len] => format!("a connection for each {} request", length(len)),
+        ["bulk", "up"] => "bulk, client to backend".to_owned(),
+        ["bulk", "down"] => "bulk, backend to client".to_owned(),
+        ["bulk", "both"] => "bulk, both ways at once".to_owned(),
+        ["size", len] => format!("{} messages", length(len)),
+        ["slow-reader"] => "fast readers beside a slow one".to_owned(),
+        ["idle-flows", rest @ ..] => {
+            ["open idle flows"].iter().chain(rest).copied().collect::<Vec<_>>().join(", ")
+        }
+        ["cold", "instant"] => "cold start, instant backend".to_owned(),
+        ["cold", delay] => format!("cold start, backend listens after {delay}"),
+        ["startup"] => "start until ready".to_owned(),
+        _ => case.to_owned(),
     }
-    if let Some((peer, summary)) = ranked.iter().find(|(_, summary)| summary.is_wide()) {
-        return Verdict::TooWide(peer, summary.spread());
-    }
-    match ranked.as_slice() {
-        [(best, first), (second, next), ..] if first.overlaps(next) => Verdict::Tie(best, second),
-        [(best, _), _, ..] => Verdict::Winner(best),
-        [] | [_] => Verdict::Nothing,
-    }
+}
+
+/// `64B` as `64 B`.
+fn length(len: &str) -> String {
+    let digits = len.trim_end_matches(|letter: char| !letter.is_ascii_digit());
+    let unit = len.strip_prefix(digits).unwrap_or_default();
+    format!("{digits} {unit}")
 }
 
 #[cfg(test)]
@@ -227,6 +305,7 @@ pub(crate) mod tests {
         Report {
             schema: SCHEMA,
             started: "2026-01-01T00:00:00Z".to_owned(),
+            ended: "2026-01-01T01:00:00Z".to_owned(),
             arguments: Vec::new(),
             quick: false,
             rounds: 5,
@@ -234,11 +313,13 @@ pub(crate) mod tests {
             machine: Machine {
                 kernel: "6.18".to_owned(),
                 processor: "one".to_owned(),
+                processors: 2,
                 layout: Layout { client: vec![0], proxy: vec![0, 1], backend: vec![1] },
                 memory_mib: 1,
                 network: Network::Namespace,
                 congestion_control: "reno".to_owned(),
-                load_average: 0.0,
+                load_average_start: 0.0,
+                load_average_end: 1.0,
                 files_max: 1024,
             },
             peers: Vec::new(),
@@ -247,35 +328,57 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_better_end_of_the_ranking_wins_and_direct_does_not_compete() {
-        let case = |better| {
-            [
-                measurement("c", "direct", better, &[500.0, 500.0, 500.0]),
-                measurement("c", "a", better, &[100.0, 101.0, 102.0]),
-                measurement("c", "b", better, &[200.0, 201.0, 202.0]),
-            ]
-        };
-        assert_eq!(verdict(&case(Better::Higher)), Verdict::Winner("b"));
-        assert_eq!(verdict(&case(Better::Lower)), Verdict::Winner("a"));
-    }
-
-    #[test]
-    fn a_wide_spread_or_an_overlap_names_no_winner() {
-        let steady = measurement("c", "a", Better::Higher, &[100.0, 101.0, 102.0]);
-        let wide = measurement("c", "b", Better::Higher, &[100.0, 200.0, 300.0]);
-        assert_eq!(verdict(&[steady.clone(), wide]), Verdict::TooWide("b", 0.5));
-        let near = measurement("c", "b", Better::Higher, &[101.0, 102.0, 103.0]);
-        assert_eq!(verdict(&[steady.clone(), near]), Verdict::Tie("b", "a"));
-        let single = measurement("c", "b", Better::Higher, &[900.0]);
-        assert_eq!(verdict(&[steady, single]), Verdict::Nothing);
-    }
-
-    #[test]
     fn the_report_survives_json() {
-        let report = report(vec![measurement("c", "a", Better::Lower, &[1.5, 2.5])]);
-        let text = serde_json::to_string(&report).unwrap();
-        let back: Report = serde_json::from_str(&text).unwrap();
+        let mut report = report(vec![measurement("c", "a", Better::Lower, &[1.5, 2.5])]);
+        let mut histogram = Histogram::new(3).unwrap();
+        (1..=1000_u64).for_each(|us| histogram.record(us * 1000).unwrap());
+        report.measurements[0].latency = Some(Latency::of(&histogram));
+        report.peers.push(PeerFacts {
+            name: "a".to_owned(),
+            version: "1".to_owned(),
+            command_line: vec!["a".to_owned(), "b c".to_owned()],
+            configuration: Some("line\nline \"quoted\"\n".to_owned()),
+        });
+        let text = report.to_json().unwrap();
+        let back = Report::parse(&text).unwrap();
         assert_eq!(back.find("c", "a").unwrap().rounds, [1.5, 2.5]);
-        assert_eq!(serde_json::to_string(&back).unwrap(), text);
+        assert_eq!(back.peers[0].configuration, report.peers[0].configuration);
+        assert_eq!(back.to_json().unwrap(), text);
+    }
+
+    #[test]
+    fn another_schema_is_refused_with_what_to_do() {
+        let mut old = report(Vec::new());
+        old.schema = SCHEMA - 1;
+        let refusal = format!("{:#}", Report::parse(&old.to_json().unwrap()).unwrap_err());
+        assert!(refusal.contains("measure again"), "{refusal}");
+        assert!(Report::parse("{}").is_err());
+    }
+
+    #[test]
+    fn a_distribution_ends_where_its_answers_do() {
+        let mut histogram = Histogram::new(3).unwrap();
+        assert!(Latency::of(&histogram).curve.is_empty());
+        (1..=100_u64).for_each(|us| histogram.record(us * 1000).unwrap());
+        let latency = Latency::of(&histogram);
+        assert_eq!(latency.count, 100);
+        let ends: Vec<u32> = latency.curve.iter().map(|point| point.one_in).collect();
+        assert_eq!(ends, [1, 2, 5, 10, 20, 50, 100]);
+        let at = |one_in| latency.curve.iter().find(|point| point.one_in == one_in).unwrap().us;
+        assert!((at(2) - 50.0).abs() < 0.1 && (at(100) - 99.0).abs() < 0.1, "{latency:?}");
+        assert!((latency.max_us - 100.0).abs() < 0.1 && (latency.p99_us - 99.0).abs() < 0.1, "{latency:?}");
+    }
+
+    #[test]
+    fn cases_have_titles_in_words() {
+        for (case, words) in [
+            ("request/4KiB/32", "4 KiB requests, 32 connections"),
+            ("request/64B/1", "64 B requests, 1 connection"),
+            ("remote/bulk/up", "remote client: bulk, client to backend"),
+            ("idle-flows", "open idle flows"),
+            ("something/else", "something/else"),
+        ] {
+            assert_eq!(title(case), words);
+        }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Owns: what takes part, and where the results go. Must never: call a run with a wrong byte a success.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -12,7 +13,9 @@ use crate::cases::{self, Setting, Sizes};
 use crate::cpus::{Layout, bind_this_thread};
 use crate::isolation::{self, Network, Remote};
 use crate::peers::{Direct, Drowse, Haproxy, Nginx, Peer, Plane, Socat, SocketProxyd, Wanted};
-use crate::report::{Machine, PeerFacts, Report, SCHEMA, markdown};
+use crate::plot;
+use crate::report::compare::compare;
+use crate::report::{Machine, PeerFacts, Report, SCHEMA, markdown, readme};
 use crate::wire::Pattern;
 
 const ROUNDS: usize = 5;
@@ -38,6 +41,7 @@ pub enum PeerName {
 
 /// Arguments of a run.
 #[derive(Debug, Clone, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of the command line of its own")]
 pub struct RunArgs {
     /// Smoke test: one short round of everything; only shows that all peers move the right bytes.
     #[arg(long)]
@@ -62,12 +66,21 @@ pub struct RunArgs {
     /// Interleaved rounds of each case [default: 5, 1 with --quick].
     #[arg(long)]
     pub rounds: Option<usize>,
-    /// Directory for latest.json and latest.md [default: bench/results for a whole run, else target/bench].
+    /// Directory for latest.json, the tables and the plots [default: bench/results for a whole run, else target/bench].
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Fail when a bar of bench/bars.toml is not reached.
     #[arg(long, conflicts_with = "quick")]
     pub check: bool,
+    /// Fail when the run in this file puts a pair of peers in the other order, in a case that neither run flags.
+    #[arg(long, value_name = "JSON", conflicts_with = "quick")]
+    pub compare: Option<PathBuf>,
+    /// Print the main table alone, as it stands in the README.
+    #[arg(long)]
+    pub readme: bool,
+    /// Measure nothing: print, check and compare the run in this file, and write it only with --out.
+    #[arg(long, value_name = "JSON", conflicts_with_all = ["quick", "only", "rounds"])]
+    pub from: Option<PathBuf>,
     /// The drowse to measure [default: beside this program].
     #[arg(long, value_name = "FILE")]
     pub drowse: Option<PathBuf>,
@@ -79,12 +92,23 @@ pub struct RunArgs {
 /// Runs everything, prints the tables, and writes the results.
 ///
 /// # Errors
-/// When something cannot be set up, a peer fails or moves wrong bytes, or, with `--check`, a bar is not reached.
+/// When something cannot be set up, a peer fails or moves wrong bytes, with `--check` a bar is not reached, or with
+/// `--compare` the other run contradicts this one.
 pub fn run(args: &RunArgs, print: impl Fn(&str) -> Result<()>) -> Result<()> {
+    if let Some(path) = &args.from {
+        return finish(args, &Report::read(path)?, args.out.as_deref(), print);
+    }
+    // A run takes long: better to know before it that it cannot be compared after it.
+    args.compare.as_deref().map(Report::read).transpose()?;
     let Some(network) = args.isolated else {
         isolation::start_again_isolated("--isolated")?;
         return Ok(());
     };
+    let report = measure(args, network)?;
+    finish(args, &report, Some(&output_directory(args)?), print)
+}
+
+fn measure(args: &RunArgs, network: Network) -> Result<Report> {
     let rounds = args.rounds.unwrap_or(if args.quick { 1 } else { ROUNDS });
     ensure!((1..=ROUNDS_MAX).contains(&rounds), "--rounds takes 1 to {ROUNDS_MAX}");
     let congestion_control = isolation::prepare(network)?;
@@ -94,34 +118,52 @@ pub fn run(args: &RunArgs, print: impl Fn(&str) -> Result<()>) -> Result<()> {
     let setting = setting(args)?;
     let mut report = Report {
         schema: SCHEMA,
-        started: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
+        started: now(),
+        ended: now(),
         arguments: std::env::args().skip(1).filter(|argument| !argument.starts_with("--isolated")).collect(),
         quick: args.quick,
         rounds,
-        load: "closed loop (each connection waits for its answer before the next request)".to_owned(),
+        load: "closed loop (each connection waits for its answer before the next request), except where a case names \
+               its rate"
+            .to_owned(),
         machine: machine(&setting, network, congestion_control)?,
         peers: facts(&setting)?,
         measurements: Vec::new(),
     };
     bind_this_thread(&setting.layout.client)?;
-    let asked_for =
-        |name: &str| args.only.is_empty() || args.only.iter().any(|begin| name.starts_with(begin));
     let all = cases::all(&setting);
     for begin in &args.only {
         let known = || all.iter().map(|case| case.name.as_str()).collect::<Vec<_>>().join(", ");
-        ensure!(
-            all.iter().any(|case| case.name.starts_with(begin)),
-            "no case begins with {begin}: {}",
-            known()
-        );
+        let found = all.iter().any(|case| case.name.starts_with(begin));
+        ensure!(found, "no case begins with {begin}: {}", known());
     }
+    let asked_for =
+        |name: &str| args.only.is_empty() || args.only.iter().any(|begin| name.starts_with(begin));
     for case in all.into_iter().filter(|case| asked_for(&case.name)) {
         report.measurements.extend(case.measure(rounds, |line| eprintln!("{line}")));
     }
-    let text = markdown::render(&report);
-    print(&text)?;
-    save(&output_directory(args)?, &report, &text)?;
-    judge(args, &report)
+    report.ended = now();
+    report.machine.load_average_end = load_average()?;
+    Ok(report)
+}
+
+/// Prints, writes and judges a run.
+fn finish(
+    args: &RunArgs,
+    report: &Report,
+    directory: Option<&Path>,
+    print: impl Fn(&str) -> Result<()>,
+) -> Result<()> {
+    let (tables, main_table) = (markdown::render(report), readme::render(report));
+    print(if args.readme { &main_table } else { &tables })?;
+    if let Some(directory) = directory {
+        save(directory, report, &[("latest.md", tables), ("latest-readme.md", main_table)])?;
+    }
+    judge(args, report)
+}
+
+fn now() -> String {
+    humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string()
 }
 
 fn setting(args: &RunArgs) -> Result<Setting> {
@@ -195,7 +237,12 @@ fn facts(setting: &Setting) -> Result<Vec<PeerFacts>> {
             *program =
                 Path::new(program).file_name().map_or_else(String::new, |name| name.display().to_string());
         }
-        Ok(PeerFacts { name: peer.name().to_owned(), version: peer.version()?, command_line })
+        Ok(PeerFacts {
+            name: peer.name().to_owned(),
+            version: peer.version()?,
+            command_line,
+            configuration: peer.configuration(),
+        })
     };
     setting.peers.iter().map(|peer| fact(peer.as_ref())).collect()
 }
@@ -208,20 +255,29 @@ fn machine(setting: &Setting, network: Network, congestion_control: String) -> R
     };
     let memory = field(&read("/proc/meminfo")?, "MemTotal").context("find the memory's size")?;
     let memory_kib: u64 = memory.trim_end_matches(" kB").parse().context("read the memory's size")?;
-    let load = read("/proc/loadavg")?;
-    let load_average =
-        load.split_whitespace().next().and_then(|load| load.parse().ok()).context("read the load average")?;
+    let load_average = load_average()?;
+    let layout = &setting.layout;
+    let processors: BTreeSet<usize> =
+        [&layout.client, &layout.proxy, &layout.backend].into_iter().flatten().copied().collect();
     Ok(Machine {
         kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
         processor: field(&read("/proc/cpuinfo")?, "model name")
             .unwrap_or_else(|| "unnamed processor".to_owned()),
-        layout: setting.layout.clone(),
+        processors: processors.len(),
+        layout: layout.clone(),
         memory_mib: memory_kib / 1024,
         network,
         congestion_control,
-        load_average,
+        load_average_start: load_average,
+        load_average_end: load_average,
         files_max: setting.files_max,
     })
+}
+
+/// Of the last minute.
+fn load_average() -> Result<f64> {
+    let text = fs::read_to_string("/proc/loadavg").context("read /proc/loadavg")?;
+    text.split_whitespace().next().and_then(|load| load.parse().ok()).context("read the load average")
 }
 
 /// The results in the tree are those of whole runs only.
@@ -242,11 +298,21 @@ fn output_directory(args: &RunArgs) -> Result<PathBuf> {
     Ok(target.join("bench"))
 }
 
-fn save(directory: &Path, report: &Report, text: &str) -> Result<()> {
+/// Writes the run; plots that it has no figures for are removed, so that all files are of the same run.
+fn save(directory: &Path, report: &Report, texts: &[(&str, String)]) -> Result<()> {
     fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
-    let mut json = serde_json::to_string_pretty(report).context("write the report as JSON")?;
-    json.push('\n');
-    for (name, content) in [("latest.json", json.as_str()), ("latest.md", text)] {
+    for name in plot::NAMES {
+        let path = directory.join(name);
+        match fs::remove_file(&path) {
+            Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+                return Err(err).with_context(|| format!("remove {}", path.display()));
+            }
+            _ => {}
+        }
+    }
+    let plots = plot::all(report).context("draw the plots")?;
+    let json = ("latest.json", report.to_json()?);
+    for (name, content) in texts.iter().chain([&json]).chain(&plots) {
         let path = directory.join(name);
         fs::write(&path, content).with_context(|| format!("write {}", path.display()))?;
         eprintln!("wrote {}", path.display());
@@ -259,8 +325,94 @@ fn judge(args: &RunArgs, report: &Report) -> Result<()> {
     if args.check {
         short.extend(Bars::read(BARS)?.missed_by(report));
     }
+    if let Some(path) = &args.compare {
+        short.extend(contradictions(report, path)?);
+    }
     if !short.is_empty() {
         bail!("{} of the run fell short:\n  {}", short.len(), short.join("\n  "));
     }
     Ok(())
+}
+
+fn contradictions(report: &Report, path: &Path) -> Result<Vec<String>> {
+    let comparison = compare(report, &Report::read(path)?);
+    ensure!(
+        !comparison.is_empty(),
+        "the run in {} has no pair of peers in common with this one: compare runs of the same cases",
+        path.display()
+    );
+    eprintln!(
+        "compared with {}: {} pairs of peers in the same order, {} flagged in at least one run, {} contradictions",
+        path.display(),
+        comparison.agreed,
+        comparison.flagged,
+        comparison.contradictions.len()
+    );
+    Ok(comparison.contradictions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Better;
+    use crate::report::tests::{measurement, report};
+
+    #[derive(clap::Parser)]
+    struct Arguments {
+        #[command(flatten)]
+        run: RunArgs,
+    }
+
+    fn parse(arguments: &[&str]) -> Result<RunArgs, clap::Error> {
+        let line = ["bench"].iter().chain(arguments);
+        <Arguments as clap::Parser>::try_parse_from(line).map(|arguments| arguments.run)
+    }
+
+    /// One peer twice as quick as the other.
+    fn run_of(quick: &str, slow: &str) -> Report {
+        report(vec![
+            measurement("bulk/up", quick, Better::Higher, &[200.0; 5]),
+            measurement("bulk/up", slow, Better::Higher, &[100.0; 5]),
+        ])
+    }
+
+    #[test]
+    fn files_of_another_run_do_not_stay_beside_this_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let stale = directory.path().join("latency.svg");
+        fs::write(&stale, "of another run").unwrap();
+        let report = run_of("a", "b");
+        save(directory.path(), &report, &[("latest.md", "text".to_owned())]).unwrap();
+        assert!(!stale.exists());
+        assert!(directory.path().join("throughput.svg").exists());
+        assert_eq!(fs::read_to_string(directory.path().join("latest.md")).unwrap(), "text");
+        let back = Report::read(&directory.path().join("latest.json")).unwrap();
+        assert_eq!(back.to_json().unwrap(), report.to_json().unwrap());
+    }
+
+    #[test]
+    fn a_run_that_contradicts_another_fails_and_names_the_pair() {
+        let directory = tempfile::tempdir().unwrap();
+        let (one, other) = (directory.path().join("one.json"), directory.path().join("other.json"));
+        fs::write(&one, run_of("a", "b").to_json().unwrap()).unwrap();
+        fs::write(&other, run_of("b", "a").to_json().unwrap()).unwrap();
+        let compared = |this: &Path, other: &Path| {
+            let paths = [this, other].map(|path| path.display().to_string());
+            let [this, other] = paths.each_ref().map(String::as_str);
+            run(&parse(&["--from", this, "--compare", other]).unwrap(), |_| Ok(()))
+        };
+        compared(&one, &one).unwrap();
+        let failure = format!("{:#}", compared(&one, &other).unwrap_err());
+        assert!(failure.contains("bulk/up: a is ahead of b in this run"), "{failure}");
+        let missing = format!("{:#}", compared(&one, &directory.path().join("none")).unwrap_err());
+        assert!(missing.contains("none"), "{missing}");
+    }
+
+    #[test]
+    fn a_smoke_test_can_be_neither_checked_nor_compared() {
+        assert!(parse(&["--quick", "--check"]).is_err());
+        assert!(parse(&["--quick", "--compare", "other.json"]).is_err());
+        assert!(parse(&["--quick", "--from", "other.json"]).is_err());
+        assert_eq!(parse(&["--only", "request/64B,bulk"]).unwrap().only, ["request/64B", "bulk"]);
+    }
 }
