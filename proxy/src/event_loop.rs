@@ -348,13 +348,15 @@ impl EventLoop {
     fn start_backend(&mut self) {
         self.hints.clear();
         self.load_hook();
-        let Some(driver) = &self.driver else { return };
-        let (run, is_its_own) = (Arc::clone(&self.run), driver.is_socket_activated());
+        let Some(driver) = &mut self.driver else { return };
+        let (run, activated, state) = (Arc::clone(&self.run), driver.is_socket_activated(), driver.state());
         self.check = Some(Box::pin(async move {
-            match readiness::occupied(&run.backend).await {
-                Some(address) if !is_its_own.await => Err(occupied_failure(&address)),
-                Some(_) | None => Ok(()),
+            let Some(address) = readiness::occupied(&run.backend).await else { return Ok(()) };
+            // The backend may run already: one that was given up and not stopped listens late.
+            if activated.await || matches!(state.await, Ok(BackendState::Up)) {
+                return Ok(());
             }
+            Err(occupied_failure(&address))
         }));
     }
 

@@ -310,6 +310,16 @@ fn a_backend_that_never_listens_is_given_up_and_ended() -> Result<()> {
 }
 
 #[test]
+fn a_backend_that_was_given_up_and_not_stopped_is_used_when_it_listens_at_last() -> Result<()> {
+    let mut drowse = run(&["--idle-action", "none", "--start-timeout", "100ms"], &["--delay-ms", "500"])?;
+    let end = connect()?.read(&mut [0]);
+    ensure!(end.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "{end:?}");
+    drowse.wait_for_line("did not accept a connection within 100ms")?;
+    eventually("the backend to listen", SOON, || Ok(connect_to(&backend()).ok()))?;
+    one_request(b"late but there")
+}
+
+#[test]
 fn a_backend_that_ignores_the_stop_is_killed_with_its_whole_group() -> Result<()> {
     let (public, backend) = (public(), backend());
     let script = format!("trap '' TERM; sleep 1000 & echo pid $!; {ECHO} {backend}");
