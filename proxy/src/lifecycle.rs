@@ -200,7 +200,9 @@ impl Lifecycle {
     pub fn new(rules: Rules, backend: BackendState, now: Monotonic) -> Self {
         let state = match (rules.ownership, backend) {
             (Ownership::Foreign, _) | (_, BackendState::Up) => State::Awake,
-            (_, BackendState::GoingDown) => State::Stopping(Stopping::Foreign(now + rules.stop_timeout)),
+            (_, BackendState::GoingDown) => {
+                State::Stopping(Stopping::Foreign(now.saturating_add(rules.stop_timeout)))
+            }
             (_, BackendState::Down) => State::Asleep,
         };
         Self {
@@ -331,7 +333,10 @@ impl Lifecycle {
             Event::ClientAccepted | Event::ClientRefused => self.wake(todo, now),
             Event::BackendUp => self.enter(State::Awake, now),
             Event::BackendGoingDown => {
-                self.enter(State::Stopping(Stopping::Foreign(now + self.rules.stop_timeout)), now);
+                self.enter(
+                    State::Stopping(Stopping::Foreign(now.saturating_add(self.rules.stop_timeout))),
+                    now,
+                );
             }
             Event::ClientLeft
             | Event::ClientPaired
@@ -404,7 +409,10 @@ impl Lifecycle {
             Event::BackendDown(Some(failure)) if !self.starting => self.crash(failure, todo, now),
             Event::BackendDown(None) if !self.starting => self.gone(todo, now),
             Event::BackendGoingDown => {
-                self.enter(State::Stopping(Stopping::Foreign(now + self.rules.stop_timeout)), now);
+                self.enter(
+                    State::Stopping(Stopping::Foreign(now.saturating_add(self.rules.stop_timeout))),
+                    now,
+                );
             }
             Event::BackendDown(_)
             | Event::Started(Ok(()))

@@ -479,3 +479,14 @@ fn the_drain_time_ends_all_waiting() {
     assert!(world.exited);
     assert_eq!(world.flows_reset, 1);
 }
+
+#[test]
+fn no_limit_on_the_stop_is_no_overflow() {
+    let rules = Rules { stop_timeout: Duration::MAX, ..rules(Ownership::Managed, IdlePolicy::Connections) };
+    let world = World::new(rules, BackendState::GoingDown);
+    assert_eq!(world.lifecycle.deadline(&world.totals, world.now), None);
+    for mut world in [World::new(rules, BackendState::Down), World::new(rules, BackendState::Up)] {
+        assert!(world.take(Step::GoingDown));
+        assert_eq!(world.lifecycle.deadline(&world.totals, world.now), None);
+    }
+}
