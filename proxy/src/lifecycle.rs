@@ -657,7 +657,8 @@ impl Lifecycle {
     }
 
     fn exit(&mut self, todo: &mut Vec<Command>, now: Monotonic) {
-        let down = matches!(self.state, State::Asleep | State::Failed { .. }) && !self.starting;
+        // After a failure it may still run: a start that was given up, a stop that did not work.
+        let down = self.state == State::Asleep && !self.starting;
         if self.rules.ownership == Ownership::Own && !down {
             self.leaving = true;
             todo.push(Command::StopProbing);

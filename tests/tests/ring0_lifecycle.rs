@@ -490,3 +490,17 @@ fn no_limit_on_the_stop_is_no_overflow() {
         assert_eq!(world.lifecycle.deadline(&world.totals, world.now), None);
     }
 }
+
+#[test]
+fn a_command_that_was_given_up_is_stopped_before_the_exit_too() {
+    let rules = Rules { idle_action: IdleAction::None, ..rules(Ownership::Own, IdlePolicy::Connections) };
+    let mut world = World::new(rules, BackendState::Down);
+    for step in [Step::ClientComes, Step::StartWorks, Step::Deadline] {
+        assert!(world.take(step), "{step:?}");
+    }
+    assert!(matches!(world.lifecycle.state(), State::Failed { .. }) && !world.stopping);
+    world.take(Step::Terminate);
+    assert!(world.stopping && !world.exited);
+    world.take(Step::StopWorks);
+    assert!(world.exited);
+}
