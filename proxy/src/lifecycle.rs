@@ -267,7 +267,7 @@ impl Lifecycle {
             State::Settling(Settling::Closing(deadline)) | State::Stopping(Stopping::Foreign(deadline)) => {
                 Some(*deadline)
             }
-            State::Awake if !self.starting => match self.idle(totals, now) {
+            State::Awake if !self.starting && self.draining.is_none() => match self.idle(totals, now) {
                 Some(Decision::WaitUntil(at)) => Some(at),
                 Some(Decision::Settle) => Some(now),
                 Some(Decision::Busy) | None => None,

@@ -293,8 +293,8 @@ fn walk(world: &World, path: &mut Vec<Step>, depth: usize, sequences: &mut u64) 
 
 fn enumerate(rules: Rules, backend: BackendState) {
     let mut sequences = 0;
-    walk(&World::new(rules, backend), &mut Vec::new(), 6, &mut sequences);
-    println!("{sequences} sequences of up to 6 events");
+    walk(&World::new(rules, backend), &mut Vec::new(), 7, &mut sequences);
+    println!("{sequences} sequences of up to 7 events");
     assert!(sequences > 10_000, "the world offers too little: {sequences}");
 }
 
@@ -321,6 +321,27 @@ fn every_short_sequence_keeps_the_promises_for_a_command() {
 #[test]
 fn every_short_sequence_keeps_the_promises_for_a_plain_proxy() {
     enumerate(rules(Ownership::Foreign, IdlePolicy::Connections), BackendState::Up);
+}
+
+#[test]
+fn every_short_sequence_keeps_the_promises_without_an_idle_time() {
+    for (ownership, idle_policy) in
+        [(Ownership::Managed, IdlePolicy::Traffic), (Ownership::Own, IdlePolicy::Connections)]
+    {
+        let rules = Rules { idle_time: Duration::ZERO, ..rules(ownership, idle_policy) };
+        enumerate(rules, BackendState::Down);
+    }
+}
+
+#[test]
+fn every_short_sequence_keeps_the_promises_when_drowse_exits_for_want_of_work() {
+    for (ownership, idle_action) in
+        [(Ownership::Managed, IdleAction::None), (Ownership::Own, IdleAction::Stop)]
+    {
+        let exit_idle_time = MINUTE;
+        let rules = Rules { exit_idle_time, idle_action, ..rules(ownership, IdlePolicy::Traffic) };
+        enumerate(rules, BackendState::Down);
+    }
 }
 
 /// A world in which a client was served and everything is quiet.
