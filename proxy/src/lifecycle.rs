@@ -21,6 +21,8 @@ pub const BACKOFF_MIN: Duration = Duration::from_millis(250);
 pub const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// How long silent flows get to close, FIN first, before the backend is looked at again.
 pub const CLOSING_TIME: Duration = Duration::from_secs(2);
+/// The shortest time between two tries to put the backend to sleep, however short the idle time is.
+pub const SETTLE_PAUSE_MIN: Duration = Duration::from_secs(1);
 const _: () = assert!(BACKOFF_MIN.as_millis() < BACKOFF_MAX.as_millis());
 
 /// What happens to an idle backend.
@@ -446,9 +448,9 @@ impl Lifecycle {
                 self.enter(State::Awake, now);
                 self.awake(event, todo, now);
             }
-            Event::Busy | Event::Terminate => self.enter(State::Awake, now),
+            Event::Busy | Event::Terminate => self.stay_awake(now),
             Event::Quiet if totals.flows_open > 0 && self.rules.idle_policy == IdlePolicy::Connections => {
-                self.enter(State::Awake, now);
+                self.stay_awake(now);
             }
             Event::Quiet if totals.flows_open > 0 => {
                 self.state = State::Settling(Settling::Closing(now + CLOSING_TIME));
@@ -457,7 +459,7 @@ impl Lifecycle {
             Event::Quiet => self.stop(Stopping::Ours, todo, now),
             Event::Tick => match step {
                 Settling::Closing(_) if totals.flows_open == 0 => self.stop(Stopping::Ours, todo, now),
-                Settling::Closing(deadline) if now >= deadline => self.enter(State::Awake, now),
+                Settling::Closing(deadline) if now >= deadline => self.stay_awake(now),
                 Settling::Closing(_) | Settling::Looking => {}
             },
             Event::ClientLeft
@@ -477,7 +479,7 @@ impl Lifecycle {
                     self.enter(State::Asleep, now);
                 } else {
                     // It may still run: serve, and try again after the idle time.
-                    self.enter(State::Awake, now);
+                    self.stay_awake(now);
                 }
             }
             (Stopping::Abandoned(first), Event::Stopped(result)) => {
@@ -608,6 +610,12 @@ impl Lifecycle {
             self.since = now;
         }
         self.state = state;
+    }
+
+    /// It could not be put to sleep; the next try is not at once.
+    fn stay_awake(&mut self, now: Monotonic) {
+        self.enter(State::Awake, now);
+        self.quiet_from = now + SETTLE_PAUSE_MIN.saturating_sub(self.rules.idle_time);
     }
 
     /// When there is nothing left to do for us, and since when.

@@ -525,3 +525,18 @@ fn a_command_that_was_given_up_is_stopped_before_the_exit_too() {
     world.take(Step::StopWorks);
     assert!(world.exited);
 }
+
+#[test]
+fn a_veto_or_a_stop_that_fails_is_not_asked_for_again_at_once_even_without_an_idle_time() {
+    let rules = Rules { idle_time: Duration::ZERO, ..rules(Ownership::Managed, IdlePolicy::Connections) };
+    for last in [&[Step::Busy][..], &[Step::Quiet, Step::StopFails]] {
+        let mut world = served(rules);
+        assert!(world.take(Step::FlowsEnd) && world.looking);
+        for step in last {
+            assert!(world.take(*step), "{step:?}");
+        }
+        assert_eq!(world.lifecycle.state(), &State::Awake, "{last:?}");
+        let next = world.lifecycle.deadline(&world.totals, world.now).unwrap();
+        assert_eq!(next, world.now + drowse::lifecycle::SETTLE_PAUSE_MIN);
+    }
+}
