@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use rustix::process::Rlimit;
+use rustix::process::{Pid, Rlimit, kill_process_group};
 use socket2::Socket;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
@@ -545,7 +545,16 @@ async fn is_busy(command: Option<String>) -> bool {
     let Some(command) = command else { return false };
     let mut shell = tokio::process::Command::new("/bin/sh");
     shell.arg("-c").arg(&command).stdin(std::process::Stdio::null()).kill_on_drop(true).process_group(0);
-    match tokio::time::timeout(BUSY_COMMAND_TIME, shell.status()).await {
+    let answer = async {
+        let mut child = shell.spawn()?;
+        let group = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
+        let unanswered = KillOnDrop(group);
+        let status = child.wait().await;
+        // It may leave a process behind on purpose once it has answered.
+        unanswered.answered();
+        status
+    };
+    match tokio::time::timeout(BUSY_COMMAND_TIME, answer).await {
         Ok(Ok(status)) if status.code() == Some(1) => false,
         Ok(Ok(status)) if status.success() => true,
         Ok(Ok(status)) => {
@@ -559,6 +568,23 @@ async fn is_busy(command: Option<String>) -> bool {
         Err(_elapsed) => {
             warn!("busy command '{command}' took longer than {BUSY_COMMAND_TIME:?}: counts as busy");
             true
+        }
+    }
+}
+
+/// Ends a process group that nobody waits for any more.
+struct KillOnDrop(Option<Pid>);
+
+impl KillOnDrop {
+    fn answered(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Some(group) = self.0 {
+            let _gone_already = kill_process_group(group, rustix::process::Signal::KILL);
         }
     }
 }

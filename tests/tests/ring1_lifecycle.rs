@@ -170,6 +170,17 @@ fn the_busy_command_vetoes_and_one_that_fails_counts_as_busy() -> Result<()> {
 }
 
 #[test]
+fn a_busy_command_that_hangs_is_ended_with_all_its_processes() -> Result<()> {
+    let command = "sleep 1000 & echo pid $!; wait";
+    let mut drowse = run(&["--idle-time", "50ms", "--busy-command", command], &[])?;
+    one_request(b"a")?;
+    let pid: i32 = drowse.wait_for_line("pid ")?.rsplit(' ').next().context("a pid")?.parse()?;
+    drowse.signal(Signal::TERM)?;
+    ensure!(drowse.wait_for_exit()?.success());
+    eventually("its end", SOON, || Ok((!is_alive(pid)).then_some(())))
+}
+
+#[test]
 fn idle_action_none_never_stops_the_backend() -> Result<()> {
     let mut drowse = run(&["--idle-time", "10ms", "--idle-action", "none"], &[])?;
     one_request(b"a")?;
