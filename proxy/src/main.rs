@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser as _;
 use drowse::config::{Action, Cli, LogLevel, RunArgs};
@@ -10,6 +11,8 @@ use tracing_subscriber::fmt::writer::MakeWriterExt as _;
 
 /// Wrong arguments; clap uses the same.
 const WRONG_ARGUMENTS: u8 = 2;
+/// How long threads that write output or resolve a name may hold up the exit.
+const LAST_WORDS_TIME: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     match Cli::parse().action {
@@ -31,7 +34,11 @@ fn serve(run: RunArgs) -> ExitCode {
         .enable_all()
         .build()
         .map_err(anyhow::Error::new)
-        .and_then(|runtime| runtime.block_on(drowse::event_loop::run(run, connections_max, open_files)));
+        .and_then(|runtime| {
+            let served = runtime.block_on(drowse::event_loop::run(run, connections_max, open_files));
+            runtime.shutdown_timeout(LAST_WORDS_TIME);
+            served
+        });
     match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

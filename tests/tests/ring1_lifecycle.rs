@@ -3,11 +3,15 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd as _;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use drowse_tests::deadline::{eventually, pause};
+use drowse_tests::drowse_binary;
 use drowse_tests::process::{Drowse, SOON, backend, connect, connect_to, echo, one_request, public};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, test_kill_process};
 use socket2::SockRef;
 
@@ -352,6 +356,27 @@ fn a_backend_that_ignores_the_stop_is_killed_with_its_whole_group() -> Result<()
     let pid: i32 = drowse.wait_for_line("[sh] pid ")?.rsplit(' ').next().context("a pid")?.parse()?;
     drowse.wait_for_line("is asleep")?;
     ensure!(!is_alive(pid), "asleep is shown while a process of the group is left");
+    Ok(())
+}
+
+#[test]
+fn output_that_nobody_reads_stops_nobody_but_the_backend() -> Result<()> {
+    let (_unread, output) = std::io::pipe()?;
+    let redirect = format!("exec \"$@\" >/proc/{}/fd/{}", std::process::id(), output.as_raw_fd());
+    let script = format!("while :; do echo {}; done & exec {ECHO} {}", "y".repeat(200), backend());
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", &redirect, "sh"]).arg(drowse_binary()?);
+    command.args(["run", "--listen", &public(), "--backend", &backend(), "--", "/bin/sh", "-c", &script]);
+    let mut drowse = Drowse::spawn(&mut command)?;
+    drowse.wait_for_notification("READY=1")?;
+    one_request(b"first")?;
+    eventually("the pipe to be full", SOON, || {
+        let mut room = [PollFd::new(&output, PollFlags::OUT)];
+        Ok((poll(&mut room, Some(&Timespec::default()))? == 0).then_some(()))
+    })?;
+    one_request(b"second")?;
+    drowse.signal(Signal::TERM)?;
+    ensure!(drowse.wait_for_exit()?.success());
     Ok(())
 }
 

@@ -289,15 +289,20 @@ impl Output {
     }
 }
 
-/// Passes a child's output on, each line with a prefix, until its end. Very long lines are broken.
+/// Passes a child's output on, each line with a prefix, until its end. Very long lines are broken. Whoever reads our
+/// output may be slow or have stopped: then the child waits, and nobody else.
 async fn pass_on(mut from: impl AsyncRead + Unpin, prefix: String, to: Output) {
     let mut pending = Vec::with_capacity(LINE_MAX);
     loop {
         let ended = !matches!(from.read_buf(&mut pending).await, Ok(1..));
+        let mut lines = Vec::new();
         while let Some(end) = line_end(&pending, ended) {
             let line: Vec<u8> = pending.drain(..end).collect();
             let text = line.strip_suffix(b"\n").unwrap_or(&line);
-            to.write(&[prefix.as_bytes(), text, b"\n"].concat());
+            lines.extend([prefix.as_bytes(), text, b"\n"].concat());
+        }
+        if !lines.is_empty() {
+            let _runtime_ends = tokio::task::spawn_blocking(move || to.write(&lines)).await;
         }
         if ended {
             return;
