@@ -25,7 +25,7 @@ use crate::activation::{BackendState, Change, Driver, Failure};
 use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, ReadyProbe, RunArgs, Switch};
 use crate::lifecycle::{Command, Event, Lifecycle, Ownership, State};
-use crate::listener::Listeners;
+use crate::listener::{Listeners, Passed};
 use crate::pairing::{self, Gate, Outcome};
 use crate::plane::Plane;
 use crate::plane::forward::{Forward, Mode};
@@ -102,15 +102,25 @@ enum Woken {
 ///
 /// # Errors
 /// It cannot begin: no listener, no such unit, no service manager. The message says what to do.
-pub async fn run(run: RunArgs, connections_max: u64, open_files: Rlimit) -> anyhow::Result<()> {
-    let mut service = EventLoop::prepare(run, connections_max, open_files).await?;
+pub async fn run(
+    run: RunArgs,
+    passed: Vec<Passed>,
+    connections_max: u64,
+    open_files: Rlimit,
+) -> anyhow::Result<()> {
+    let listeners = Listeners::open(passed, &run.listen).await?;
+    let mut service = EventLoop::prepare(run, listeners, connections_max, open_files).await?;
     service.serve().await;
     Ok(())
 }
 
 impl EventLoop {
-    async fn prepare(run: RunArgs, connections_max: u64, open_files: Rlimit) -> anyhow::Result<Self> {
-        let listeners = Listeners::open(&run.listen).await?;
+    async fn prepare(
+        run: RunArgs,
+        listeners: Listeners,
+        connections_max: u64,
+        open_files: Rlimit,
+    ) -> anyhow::Result<Self> {
         let mut driver = driver(&run, open_files).await?;
         let backend = match &mut driver {
             Some(driver) => driver.state().await?,

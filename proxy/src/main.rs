@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::Parser as _;
 use drowse::config::{Action, Cli, LogLevel, RunArgs};
+use drowse::listener::Passed;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing_subscriber::fmt::writer::MakeWriterExt as _;
 
@@ -30,22 +31,25 @@ fn serve(run: RunArgs) -> ExitCode {
             return ExitCode::from(WRONG_ARGUMENTS);
         }
     };
-    let served = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(anyhow::Error::new)
-        .and_then(|runtime| {
-            let served = runtime.block_on(drowse::event_loop::run(run, connections_max, open_files));
-            runtime.shutdown_timeout(LAST_WORDS_TIME);
-            served
-        });
-    match served {
+    match drowse::listener::passed().and_then(|passed| block_on(run, passed, connections_max, open_files)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn block_on(
+    run: RunArgs,
+    passed: Vec<Passed>,
+    connections_max: u64,
+    open_files: Rlimit,
+) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let served = runtime.block_on(drowse::event_loop::run(run, passed, connections_max, open_files));
+    runtime.shutdown_timeout(LAST_WORDS_TIME);
+    served
 }
 
 /// Raises the soft limit on open files to the hard one and returns what holds.

@@ -327,6 +327,23 @@ fn listeners_from_systemd_and_from_the_command_line_exclude_each_other() -> Resu
 }
 
 #[test]
+fn wrong_descriptors_from_the_service_manager_are_told() -> Result<()> {
+    let cases = [
+        ("", "x", "invalid LISTEN_FDS"),
+        ("exec 3<&- 4<&- 5<&-; ", "3", "that LISTEN_FDS promises: Bad file descriptor"),
+        ("exec 3</dev/null; ", "1", "is no listening stream socket"),
+    ];
+    for (prepare, count, says) in cases {
+        let script = format!("{prepare}LISTEN_FDS={count} LISTEN_PID=$$ exec \"$@\"");
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &script, "sh"]).arg(drowse_binary()?).args(["run", "--backend", &backend()]);
+        let (code, said) = refused(&mut command)?;
+        ensure!(code == Some(1) && said.contains(says), "{count}: status {code:?}: {said}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_name_that_does_not_resolve_is_told_when_the_wait_is_over() -> Result<()> {
     let mut drowse = Drowse::run(&[
         "--listen",
