@@ -12,6 +12,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SocketFlags, SocketType, sockopt};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::Interest;
@@ -22,6 +23,8 @@ use crate::sys;
 
 /// How long accepting pauses when the system is out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long a handshake may take that began before its listener was sealed.
+const HANDSHAKE_TIME: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 /// The backlog of sockets that we bind: as large as the system allows (`net.core.somaxconn`).
 const BACKLOG: i32 = i32::MAX;
 /// What the name of a unix listener's file ends in while it is sealed.
@@ -103,6 +106,10 @@ impl Listeners {
         let mut late = Vec::new();
         for listener in self.all.iter_mut().filter(|listener| !listener.passed) {
             listener.set_sealed(true);
+            late.extend(std::iter::from_fn(|| listener.accept_now().ok()));
+        }
+        for listener in self.all.iter().filter(|listener| !listener.passed) {
+            listener.wait_for_handshake();
             late.extend(std::iter::from_fn(|| listener.accept_now().ok()));
         }
         late
@@ -188,11 +195,17 @@ impl Listener {
         })
     }
 
-    /// A TCP listener drops all packets, so that a client retries as after any loss; the file of a unix listener is
+    /// Waits, for a moment only, for a handshake that began before the listener was sealed.
+    fn wait_for_handshake(&self) {
+        let mut listeners = [PollFd::new(self.socket.get_ref(), PollFlags::IN)];
+        let _nobody_came = poll(&mut listeners, Some(&HANDSHAKE_TIME));
+    }
+
+    /// A TCP listener drops all SYNs, so that a client retries as after any loss; the file of a unix listener is
     /// hidden under another name. (An abstract name cannot be hidden.)
     fn set_sealed(&mut self, sealed: bool) {
         let Some(path) = &mut self.made else {
-            let _unix_sockets_have_no_packets = sys::drop_all_packets(self.socket.as_fd(), sealed);
+            let _unix_sockets_have_no_packets = sys::drop_syns(self.socket.as_fd(), sealed);
             return;
         };
         let other = if sealed { path.with_added_extension(SEALED) } else { path.with_extension("") };

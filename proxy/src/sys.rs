@@ -30,18 +30,24 @@ pub fn adopt_descriptor(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Makes a listener drop every packet before the TCP state machine sees it (classic BPF, `SO_ATTACH_FILTER`), or
-/// undoes it. Connections whose handshake is complete stay in the accept queue; a client in the middle of one
-/// retries, as after any lost packet.
+/// Makes a listener drop every SYN before the TCP state machine sees it (classic BPF, `SO_ATTACH_FILTER`), or undoes it.
+/// A handshake that has begun goes on: its last packet has no SYN. Whoever begins one retries, as after any lost packet.
 ///
 /// # Errors
 /// As setsockopt(2).
-pub fn drop_all_packets(listener: BorrowedFd<'_>, drop: bool) -> io::Result<()> {
-    let mut accept_zero_bytes = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
-    let program = libc::sock_fprog { len: 1, filter: &raw mut accept_zero_bytes };
+pub fn drop_syns(listener: BorrowedFd<'_>, drop: bool) -> io::Result<()> {
+    let instruction = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    // A TCP socket's filter sees the packet from the TCP header on (`tcp_filter`); its byte 13 has the flags.
+    let mut program = [
+        instruction(0x30, 0, 0, 13),
+        instruction(0x45, 0, 1, 0x02),
+        instruction(0x06, 0, 0, 0),
+        instruction(0x06, 0, 0, u32::MAX),
+    ];
+    let program = libc::sock_fprog { len: 4, filter: program.as_mut_ptr() };
     let option = if drop { libc::SO_ATTACH_FILTER } else { libc::SO_DETACH_FILTER };
     let size = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or(0);
-    // SAFETY: `program` and the one instruction it points to live until the call returns; the kernel copies both.
+    // SAFETY: `program` and the four instructions it points to live until the call returns; the kernel copies both.
     let result = unsafe {
         libc::setsockopt(listener.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const program).cast(), size)
     };
