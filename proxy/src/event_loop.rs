@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use rustix::process::Rlimit;
+use rustix::process::{Pid, Rlimit, kill_process_group};
 use socket2::Socket;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
@@ -25,7 +25,7 @@ use crate::activation::{BackendState, Change, Driver, Failure};
 use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, ReadyProbe, RunArgs, Switch};
 use crate::lifecycle::{Command, Event, Lifecycle, Ownership, State};
-use crate::listener::{Listeners, SEAL_TIME};
+use crate::listener::{Listeners, Passed, SEAL_TIME};
 use crate::pairing::{self, Gate, Outcome};
 use crate::plane::Plane;
 use crate::plane::forward::{Forward, Mode};
@@ -109,15 +109,25 @@ enum Woken {
 ///
 /// # Errors
 /// It cannot begin: no listener, no such unit, no service manager. The message says what to do.
-pub async fn run(run: RunArgs, connections_max: u64, open_files: Rlimit) -> anyhow::Result<()> {
-    let mut service = EventLoop::prepare(run, connections_max, open_files).await?;
+pub async fn run(
+    run: RunArgs,
+    passed: Vec<Passed>,
+    connections_max: u64,
+    open_files: Rlimit,
+) -> anyhow::Result<()> {
+    let listeners = Listeners::open(passed, &run.listen).await?;
+    let mut service = EventLoop::prepare(run, listeners, connections_max, open_files).await?;
     service.serve().await;
     Ok(())
 }
 
 impl EventLoop {
-    async fn prepare(run: RunArgs, connections_max: u64, open_files: Rlimit) -> anyhow::Result<Self> {
-        let listeners = Listeners::open(&run.listen).await?;
+    async fn prepare(
+        run: RunArgs,
+        listeners: Listeners,
+        connections_max: u64,
+        open_files: Rlimit,
+    ) -> anyhow::Result<Self> {
         let mut driver = driver(&run, open_files).await?;
         let backend = match &mut driver {
             Some(driver) => driver.state().await?,
@@ -402,13 +412,15 @@ impl EventLoop {
     fn start_backend(&mut self) {
         self.hints.clear();
         self.load_hook();
-        let Some(driver) = &self.driver else { return };
-        let (run, is_its_own) = (Arc::clone(&self.run), driver.is_socket_activated());
+        let Some(driver) = &mut self.driver else { return };
+        let (run, activated, state) = (Arc::clone(&self.run), driver.is_socket_activated(), driver.state());
         self.check = Some(Box::pin(async move {
-            match readiness::occupied(&run.backend).await {
-                Some(address) if !is_its_own.await => Err(occupied_failure(&address)),
-                Some(_) | None => Ok(()),
+            let Some(address) = readiness::occupied(&run.backend).await else { return Ok(()) };
+            // The backend may run already: one that was given up and not stopped listens late.
+            if activated.await || matches!(state.await, Ok(BackendState::Up)) {
+                return Ok(());
             }
+            Err(occupied_failure(&address))
         }));
     }
 
@@ -627,7 +639,16 @@ async fn is_busy(command: Option<String>) -> bool {
     let Some(command) = command else { return false };
     let mut shell = tokio::process::Command::new("/bin/sh");
     shell.arg("-c").arg(&command).stdin(std::process::Stdio::null()).kill_on_drop(true).process_group(0);
-    match tokio::time::timeout(BUSY_COMMAND_TIME, shell.status()).await {
+    let answer = async {
+        let mut child = shell.spawn()?;
+        let group = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
+        let unanswered = KillOnDrop(group);
+        let status = child.wait().await;
+        // It may leave a process behind on purpose once it has answered.
+        unanswered.answered();
+        status
+    };
+    match tokio::time::timeout(BUSY_COMMAND_TIME, answer).await {
         Ok(Ok(status)) if status.code() == Some(1) => false,
         Ok(Ok(status)) if status.success() => true,
         Ok(Ok(status)) => {
@@ -641,6 +662,23 @@ async fn is_busy(command: Option<String>) -> bool {
         Err(_elapsed) => {
             warn!("busy command '{command}' took longer than {BUSY_COMMAND_TIME:?}: counts as busy");
             true
+        }
+    }
+}
+
+/// Ends a process group that nobody waits for any more.
+struct KillOnDrop(Option<Pid>);
+
+impl KillOnDrop {
+    fn answered(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Some(group) = self.0 {
+            let _gone_already = kill_process_group(group, rustix::process::Signal::KILL);
         }
     }
 }

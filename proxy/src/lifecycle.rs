@@ -21,6 +21,8 @@ pub const BACKOFF_MIN: Duration = Duration::from_millis(250);
 pub const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// How long silent flows get to close, FIN first, before the backend is looked at again.
 pub const CLOSING_TIME: Duration = Duration::from_secs(2);
+/// The shortest time between two tries to put the backend to sleep, however short the idle time is.
+pub const SETTLE_PAUSE_MIN: Duration = Duration::from_secs(1);
 const _: () = assert!(BACKOFF_MIN.as_millis() < BACKOFF_MAX.as_millis());
 
 /// What happens to an idle backend.
@@ -202,7 +204,9 @@ impl Lifecycle {
     pub fn new(rules: Rules, backend: BackendState, now: Monotonic) -> Self {
         let state = match (rules.ownership, backend) {
             (Ownership::Foreign, _) | (_, BackendState::Up) => State::Awake,
-            (_, BackendState::GoingDown) => State::Stopping(Stopping::Foreign(now + rules.stop_timeout)),
+            (_, BackendState::GoingDown) => {
+                State::Stopping(Stopping::Foreign(now.saturating_add(rules.stop_timeout)))
+            }
             (_, BackendState::Down) => State::Asleep,
         };
         Self {
@@ -267,7 +271,7 @@ impl Lifecycle {
             State::Settling(Settling::Closing(deadline)) | State::Stopping(Stopping::Foreign(deadline)) => {
                 Some(*deadline)
             }
-            State::Awake if !self.starting => match self.idle(totals, now) {
+            State::Awake if !self.starting && self.draining.is_none() => match self.idle(totals, now) {
                 Some(Decision::WaitUntil(at)) => Some(at),
                 Some(Decision::Settle) => Some(now),
                 Some(Decision::Busy) | None => None,
@@ -334,7 +338,10 @@ impl Lifecycle {
             Event::ClientAccepted | Event::ClientRefused => self.wake(todo, now),
             Event::BackendUp => self.enter(State::Awake, now),
             Event::BackendGoingDown => {
-                self.enter(State::Stopping(Stopping::Foreign(now + self.rules.stop_timeout)), now);
+                self.enter(
+                    State::Stopping(Stopping::Foreign(now.saturating_add(self.rules.stop_timeout))),
+                    now,
+                );
             }
             Event::ClientLeft
             | Event::ClientPaired
@@ -409,7 +416,10 @@ impl Lifecycle {
             Event::BackendDown(Some(failure)) if !self.starting => self.crash(failure, todo, now),
             Event::BackendDown(None) if !self.starting => self.gone(todo, now),
             Event::BackendGoingDown => {
-                self.enter(State::Stopping(Stopping::Foreign(now + self.rules.stop_timeout)), now);
+                self.enter(
+                    State::Stopping(Stopping::Foreign(now.saturating_add(self.rules.stop_timeout))),
+                    now,
+                );
             }
             Event::BackendDown(_)
             | Event::Started(Ok(()))
@@ -444,9 +454,9 @@ impl Lifecycle {
                 self.enter(State::Awake, now);
                 self.awake(event, todo, now);
             }
-            Event::Busy | Event::Terminate => self.enter(State::Awake, now),
+            Event::Busy | Event::Terminate => self.stay_awake(now),
             Event::Quiet if totals.flows_open > 0 && self.rules.idle_policy == IdlePolicy::Connections => {
-                self.enter(State::Awake, now);
+                self.stay_awake(now);
             }
             Event::Quiet if totals.flows_open > 0 => {
                 self.state = State::Settling(Settling::Closing(now + CLOSING_TIME));
@@ -455,7 +465,7 @@ impl Lifecycle {
             Event::Quiet => self.stop(Stopping::Ours, todo, now),
             Event::Tick => match step {
                 Settling::Closing(_) if totals.flows_open == 0 => self.stop(Stopping::Ours, todo, now),
-                Settling::Closing(deadline) if now >= deadline => self.enter(State::Awake, now),
+                Settling::Closing(deadline) if now >= deadline => self.stay_awake(now),
                 Settling::Closing(_) | Settling::Looking => {}
             },
             Event::ClientLeft
@@ -476,7 +486,7 @@ impl Lifecycle {
                     self.enter(State::Asleep, now);
                 } else {
                     // It may still run: serve, and try again after the idle time.
-                    self.enter(State::Awake, now);
+                    self.stay_awake(now);
                 }
             }
             (Stopping::Abandoned(first), Event::Stopped(result)) => {
@@ -615,6 +625,12 @@ impl Lifecycle {
         self.state = state;
     }
 
+    /// It could not be put to sleep; the next try is not at once.
+    fn stay_awake(&mut self, now: Monotonic) {
+        self.enter(State::Awake, now);
+        self.quiet_from = now + SETTLE_PAUSE_MIN.saturating_sub(self.rules.idle_time);
+    }
+
     /// When there is nothing left to do for us, and since when.
     fn exit_at(&self, totals: &Totals) -> Option<Monotonic> {
         let nothing_to_do = self.held == 0
@@ -662,7 +678,8 @@ impl Lifecycle {
     }
 
     fn exit(&mut self, todo: &mut Vec<Command>, now: Monotonic) {
-        let down = matches!(self.state, State::Asleep | State::Failed { .. }) && !self.starting;
+        // After a failure it may still run: a start that was given up, a stop that did not work.
+        let down = self.state == State::Asleep && !self.starting;
         if self.rules.ownership == Ownership::Own && !down {
             self.leaving = true;
             todo.push(Command::StopProbing);

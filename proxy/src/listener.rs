@@ -59,12 +59,11 @@ impl Drop for Listener {
 }
 
 impl Listeners {
-    /// Takes over the listeners that systemd passed, or binds `addresses`.
+    /// Takes over the listeners that systemd passed (see [`passed`]), or binds `addresses`.
     ///
     /// # Errors
     /// Both or neither were given, a descriptor is no listening stream socket, an address cannot be bound.
-    pub async fn open(addresses: &[Address]) -> anyhow::Result<Self> {
-        let passed = passed()?;
+    pub async fn open(passed: Vec<Passed>, addresses: &[Address]) -> anyhow::Result<Self> {
         let listeners = match (passed.is_empty(), addresses.is_empty()) {
             (true, true) => bail!("no listener: give --listen ADDR, or start drowse from a .socket unit"),
             (false, false) => {
@@ -237,12 +236,19 @@ async fn bind_all(addresses: &[Address]) -> anyhow::Result<Vec<Listener>> {
     Ok(listeners)
 }
 
-/// The descriptors that systemd passed, with their names. They are made close-on-exec, so that no child gets them.
-fn passed() -> anyhow::Result<Vec<(OwnedFd, String)>> {
-    let passed = sd_notify::listen_fds_with_names().context("read the descriptors that systemd passed")?;
-    passed
-        .map(|(fd, name)| Ok((sys::adopt_descriptor(fd).context("adopt a descriptor from systemd")?, name)))
-        .collect()
+/// A descriptor that systemd passed, with its name.
+pub type Passed = (OwnedFd, String);
+
+/// The descriptors that systemd passed. They are made close-on-exec, so that no child gets them. To be called before
+/// anything else is opened: a wrong `LISTEN_FDS` would else give us our own descriptors a second time.
+///
+/// # Errors
+/// `LISTEN_FDS` is no number, or names a descriptor that is not open.
+pub fn passed() -> anyhow::Result<Vec<Passed>> {
+    let passed =
+        sd_notify::listen_fds_with_names().context("adopt the descriptors that LISTEN_FDS promises")?;
+    let adopt = |(fd, name)| Ok((sys::adopt_descriptor(fd).context("adopt a descriptor")?, name));
+    passed.map(adopt).collect()
 }
 
 /// Removes a socket file that nobody listens on any more; leaves everything else for `bind` to complain about.

@@ -2,14 +2,18 @@
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser as _;
 use drowse::config::{Action, Cli, LogLevel, RunArgs};
+use drowse::listener::Passed;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing_subscriber::fmt::writer::MakeWriterExt as _;
 
 /// Wrong arguments; clap uses the same.
 const WRONG_ARGUMENTS: u8 = 2;
+/// How long threads that write output or resolve a name may hold up the exit.
+const LAST_WORDS_TIME: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     match Cli::parse().action {
@@ -27,18 +31,25 @@ fn serve(run: RunArgs) -> ExitCode {
             return ExitCode::from(WRONG_ARGUMENTS);
         }
     };
-    let served = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(anyhow::Error::new)
-        .and_then(|runtime| runtime.block_on(drowse::event_loop::run(run, connections_max, open_files)));
-    match served {
+    match drowse::listener::passed().and_then(|passed| block_on(run, passed, connections_max, open_files)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn block_on(
+    run: RunArgs,
+    passed: Vec<Passed>,
+    connections_max: u64,
+    open_files: Rlimit,
+) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let served = runtime.block_on(drowse::event_loop::run(run, passed, connections_max, open_files));
+    runtime.shutdown_timeout(LAST_WORDS_TIME);
+    served
 }
 
 /// Raises the soft limit on open files to the hard one and returns what holds.

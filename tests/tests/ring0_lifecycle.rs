@@ -296,8 +296,8 @@ fn walk(world: &World, path: &mut Vec<Step>, depth: usize, sequences: &mut u64) 
 
 fn enumerate(rules: Rules, backend: BackendState) {
     let mut sequences = 0;
-    walk(&World::new(rules, backend), &mut Vec::new(), 6, &mut sequences);
-    println!("{sequences} sequences of up to 6 events");
+    walk(&World::new(rules, backend), &mut Vec::new(), 7, &mut sequences);
+    println!("{sequences} sequences of up to 7 events");
     assert!(sequences > 10_000, "the world offers too little: {sequences}");
 }
 
@@ -324,6 +324,27 @@ fn every_short_sequence_keeps_the_promises_for_a_command() {
 #[test]
 fn every_short_sequence_keeps_the_promises_for_a_plain_proxy() {
     enumerate(rules(Ownership::Foreign, IdlePolicy::Connections), BackendState::Up);
+}
+
+#[test]
+fn every_short_sequence_keeps_the_promises_without_an_idle_time() {
+    for (ownership, idle_policy) in
+        [(Ownership::Managed, IdlePolicy::Traffic), (Ownership::Own, IdlePolicy::Connections)]
+    {
+        let rules = Rules { idle_time: Duration::ZERO, ..rules(ownership, idle_policy) };
+        enumerate(rules, BackendState::Down);
+    }
+}
+
+#[test]
+fn every_short_sequence_keeps_the_promises_when_drowse_exits_for_want_of_work() {
+    for (ownership, idle_action) in
+        [(Ownership::Managed, IdleAction::None), (Ownership::Own, IdleAction::Stop)]
+    {
+        let exit_idle_time = MINUTE;
+        let rules = Rules { exit_idle_time, idle_action, ..rules(ownership, IdlePolicy::Traffic) };
+        enumerate(rules, BackendState::Down);
+    }
 }
 
 /// A world in which a client was served and everything is quiet.
@@ -497,4 +518,44 @@ fn a_reload_forgives_a_failed_start() {
     assert!(!world.starting, "the back-off holds");
     world.take(Step::Forgive);
     assert!(world.starting, "and is over");
+}
+
+#[test]
+fn no_limit_on_the_stop_is_no_overflow() {
+    let rules = Rules { stop_timeout: Duration::MAX, ..rules(Ownership::Managed, IdlePolicy::Connections) };
+    let world = World::new(rules, BackendState::GoingDown);
+    assert_eq!(world.lifecycle.deadline(&world.totals, world.now), None);
+    for mut world in [World::new(rules, BackendState::Down), World::new(rules, BackendState::Up)] {
+        assert!(world.take(Step::GoingDown));
+        assert_eq!(world.lifecycle.deadline(&world.totals, world.now), None);
+    }
+}
+
+#[test]
+fn a_command_that_was_given_up_is_stopped_before_the_exit_too() {
+    let rules = Rules { idle_action: IdleAction::None, ..rules(Ownership::Own, IdlePolicy::Connections) };
+    let mut world = World::new(rules, BackendState::Down);
+    for step in [Step::ClientComes, Step::StartWorks, Step::Deadline] {
+        assert!(world.take(step), "{step:?}");
+    }
+    assert!(matches!(world.lifecycle.state(), State::Failed { .. }) && !world.stopping);
+    world.take(Step::Terminate);
+    assert!(world.stopping && !world.exited);
+    world.take(Step::StopWorks);
+    assert!(world.exited);
+}
+
+#[test]
+fn a_veto_or_a_stop_that_fails_is_not_asked_for_again_at_once_even_without_an_idle_time() {
+    let rules = Rules { idle_time: Duration::ZERO, ..rules(Ownership::Managed, IdlePolicy::Connections) };
+    for last in [&[Step::Busy][..], &[Step::Quiet, Step::StopFails]] {
+        let mut world = served(rules);
+        assert!(world.take(Step::FlowsEnd) && world.looking);
+        for step in last {
+            assert!(world.take(*step), "{step:?}");
+        }
+        assert_eq!(world.lifecycle.state(), &State::Awake, "{last:?}");
+        let next = world.lifecycle.deadline(&world.totals, world.now).unwrap();
+        assert_eq!(next, world.now + drowse::lifecycle::SETTLE_PAUSE_MIN);
+    }
 }

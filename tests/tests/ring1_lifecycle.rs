@@ -3,11 +3,15 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsRawFd as _;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use drowse_tests::deadline::{eventually, pause};
+use drowse_tests::drowse_binary;
 use drowse_tests::process::{Drowse, SOON, backend, connect, connect_to, echo, one_request, public};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, test_kill_process};
 use socket2::SockRef;
 
@@ -170,6 +174,17 @@ fn the_busy_command_vetoes_and_one_that_fails_counts_as_busy() -> Result<()> {
 }
 
 #[test]
+fn a_busy_command_that_hangs_is_ended_with_all_its_processes() -> Result<()> {
+    let command = "sleep 1000 & echo pid $!; wait";
+    let mut drowse = run(&["--idle-time", "50ms", "--busy-command", command], &[])?;
+    one_request(b"a")?;
+    let pid: i32 = drowse.wait_for_line("pid ")?.rsplit(' ').next().context("a pid")?.parse()?;
+    drowse.signal(Signal::TERM)?;
+    ensure!(drowse.wait_for_exit()?.success());
+    eventually("its end", SOON, || Ok((!is_alive(pid)).then_some(())))
+}
+
+#[test]
 fn idle_action_none_never_stops_the_backend() -> Result<()> {
     let mut drowse = run(&["--idle-time", "10ms", "--idle-action", "none"], &[])?;
     one_request(b"a")?;
@@ -312,6 +327,16 @@ fn a_backend_that_never_listens_is_given_up_and_ended() -> Result<()> {
 }
 
 #[test]
+fn a_backend_that_was_given_up_and_not_stopped_is_used_when_it_listens_at_last() -> Result<()> {
+    let mut drowse = run(&["--idle-action", "none", "--start-timeout", "100ms"], &["--delay-ms", "500"])?;
+    let end = connect()?.read(&mut [0]);
+    ensure!(end.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "{end:?}");
+    drowse.wait_for_line("did not accept a connection within 100ms")?;
+    eventually("the backend to listen", SOON, || Ok(connect_to(&backend()).ok()))?;
+    one_request(b"late but there")
+}
+
+#[test]
 fn a_backend_that_ignores_the_stop_is_killed_with_its_whole_group() -> Result<()> {
     let (public, backend) = (public(), backend());
     let script = format!("trap '' TERM; sleep 1000 & echo pid $!; {ECHO} {backend}");
@@ -333,6 +358,27 @@ fn a_backend_that_ignores_the_stop_is_killed_with_its_whole_group() -> Result<()
     let pid: i32 = drowse.wait_for_line("[sh] pid ")?.rsplit(' ').next().context("a pid")?.parse()?;
     drowse.wait_for_line("is asleep")?;
     ensure!(!is_alive(pid), "asleep is shown while a process of the group is left");
+    Ok(())
+}
+
+#[test]
+fn output_that_nobody_reads_stops_nobody_but_the_backend() -> Result<()> {
+    let (_unread, output) = std::io::pipe()?;
+    let redirect = format!("exec \"$@\" >/proc/{}/fd/{}", std::process::id(), output.as_raw_fd());
+    let script = format!("while :; do echo {}; done & exec {ECHO} {}", "y".repeat(200), backend());
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", &redirect, "sh"]).arg(drowse_binary()?);
+    command.args(["run", "--listen", &public(), "--backend", &backend(), "--", "/bin/sh", "-c", &script]);
+    let mut drowse = Drowse::spawn(&mut command)?;
+    drowse.wait_for_notification("READY=1")?;
+    one_request(b"first")?;
+    eventually("the pipe to be full", SOON, || {
+        let mut room = [PollFd::new(&output, PollFlags::OUT)];
+        Ok((poll(&mut room, Some(&Timespec::default()))? == 0).then_some(()))
+    })?;
+    one_request(b"second")?;
+    drowse.signal(Signal::TERM)?;
+    ensure!(drowse.wait_for_exit()?.success());
     Ok(())
 }
 

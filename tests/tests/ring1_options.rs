@@ -214,6 +214,35 @@ fn the_notify_probe_waits_for_ready() -> Result<()> {
 }
 
 #[test]
+fn a_backend_that_never_says_ready_leaves_nothing_open() -> Result<()> {
+    let mut drowse = Drowse::run(&[
+        "--listen",
+        &public(),
+        "--backend",
+        &backend(),
+        "--ready-probe",
+        "notify",
+        "--ebpf",
+        "off",
+        "--",
+        "/bin/false",
+    ])?;
+    let open = |drowse: &Drowse| {
+        Ok::<_, std::io::Error>(std::fs::read_dir(format!("/proc/{}/fd", drowse.id()))?.count())
+    };
+    let before = open(&drowse)?;
+    for _ in 0..3 {
+        let end = connect()?.read(&mut [0]);
+        ensure!(end.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "{end:?}");
+        drowse.wait_for_line("false exited with status 1")?;
+    }
+    // The pipes of the last child are closed a moment later.
+    drowse_tests::deadline::eventually("its descriptors to close", SOON, || {
+        Ok((open(&drowse)? <= before).then_some(()))
+    })
+}
+
+#[test]
 fn a_stranger_at_the_backends_address_is_told_and_not_served_from() -> Result<()> {
     let stranger = TcpListener::bind(backend())?;
     stranger.set_nonblocking(true)?;
@@ -294,6 +323,23 @@ fn listeners_from_systemd_and_from_the_command_line_exclude_each_other() -> Resu
     let _client = connect_to(&passed)?;
     drowse.wait_for_line("listeners came from systemd (LISTEN_FDS) and --listen is given too")?;
     ensure!(drowse.wait_for_exit()?.code() == Some(1));
+    Ok(())
+}
+
+#[test]
+fn wrong_descriptors_from_the_service_manager_are_told() -> Result<()> {
+    let cases = [
+        ("", "x", "invalid LISTEN_FDS"),
+        ("exec 3<&- 4<&- 5<&-; ", "3", "that LISTEN_FDS promises: Bad file descriptor"),
+        ("exec 3</dev/null; ", "1", "is no listening stream socket"),
+    ];
+    for (prepare, count, says) in cases {
+        let script = format!("{prepare}LISTEN_FDS={count} LISTEN_PID=$$ exec \"$@\"");
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &script, "sh"]).arg(drowse_binary()?).args(["run", "--backend", &backend()]);
+        let (code, said) = refused(&mut command)?;
+        ensure!(code == Some(1) && said.contains(says), "{count}: status {code:?}: {said}");
+    }
     Ok(())
 }
 

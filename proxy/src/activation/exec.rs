@@ -92,12 +92,14 @@ impl ExecDriver {
         for variable in PRIVATE_ENVIRONMENT {
             command.env_remove(variable);
         }
-        if self.listens_for_ready {
+        let notify = if self.listens_for_ready {
             let (socket, address) =
                 notify_socket().map_err(|error| self.not_started(&error, "make a notify socket"))?;
             command.env("NOTIFY_SOCKET", address);
-            self.tasks.spawn(report_ready(socket, self.changes.0.clone()));
-        }
+            Some(socket)
+        } else {
+            None
+        };
         sys::prepare_child(command.as_std_mut(), self.open_files);
         let mut child = command.spawn().map_err(|error| self.not_started(&error, "start it"))?;
         let Some(group) = child.id().and_then(|id| Pid::from_raw(id.cast_signed())) else {
@@ -113,8 +115,12 @@ impl ExecDriver {
         let (tell_gone, gone) = watch::channel(false);
         self.running = Some(Running { group, stopping: Arc::clone(&stopping), gone });
         let (name, changes, patience) = (self.name.clone(), self.changes.0.clone(), self.stop_timeout);
+        let report = notify.map(|socket| self.tasks.spawn(report_ready(socket, self.changes.0.clone())));
         self.tasks.spawn(async move {
             let ended = reap(child, group, patience).await;
+            if let Some(report) = report {
+                report.abort();
+            }
             if !stopping.load(Relaxed) {
                 let _nobody_listens_when_we_exit = changes.send(Change::Down(failure(&name, ended))).await;
             }
@@ -283,15 +289,20 @@ impl Output {
     }
 }
 
-/// Passes a child's output on, each line with a prefix, until its end. Very long lines are broken.
+/// Passes a child's output on, each line with a prefix, until its end. Very long lines are broken. Whoever reads our
+/// output may be slow or have stopped: then the child waits, and nobody else.
 async fn pass_on(mut from: impl AsyncRead + Unpin, prefix: String, to: Output) {
     let mut pending = Vec::with_capacity(LINE_MAX);
     loop {
         let ended = !matches!(from.read_buf(&mut pending).await, Ok(1..));
+        let mut lines = Vec::new();
         while let Some(end) = line_end(&pending, ended) {
             let line: Vec<u8> = pending.drain(..end).collect();
             let text = line.strip_suffix(b"\n").unwrap_or(&line);
-            to.write(&[prefix.as_bytes(), text, b"\n"].concat());
+            lines.extend([prefix.as_bytes(), text, b"\n"].concat());
+        }
+        if !lines.is_empty() {
+            let _runtime_ends = tokio::task::spawn_blocking(move || to.write(&lines)).await;
         }
         if ended {
             return;

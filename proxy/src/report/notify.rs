@@ -97,7 +97,7 @@ impl Notifier {
             return Some(now + STATUS_PAUSE);
         }
         self.told = Some(Told { line, state: discriminant(state), at: now });
-        changes_within(state).map(|time| now + time)
+        changes_within(state, now).map(|time| now + time)
     }
 
     /// Sends what the manager can miss. Returns whether it was taken.

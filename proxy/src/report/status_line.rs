@@ -35,10 +35,11 @@ pub fn status_line(lifecycle: &Lifecycle, name: &str, totals: &Totals, now: Mono
 
 /// How long until the line for this state is out of date, if time alone changes it.
 #[must_use]
-pub fn changes_within(state: &State) -> Option<Duration> {
+pub fn changes_within(state: &State, now: Monotonic) -> Option<Duration> {
     match state {
         State::Waking { .. } | State::Stopping(_) => Some(Duration::from_secs(1)),
         State::Awake => Some(Duration::from_secs(30)),
+        State::Failed { until, .. } if *until > now => Some(until.saturating_sub(now)),
         State::Asleep | State::Settling(_) | State::Failed { .. } => None,
     }
 }
@@ -127,5 +128,8 @@ mod tests {
         let why = "failed: dice.service exited with status 3 (result exit-code)";
         assert_eq!(line(Duration::ZERO), format!("{why}; next try in 0.2 s"));
         assert_eq!(line(Duration::from_secs(9)), format!("{why}; the next connection tries again"));
+        let changes = |now| changes_within(lifecycle.state(), now);
+        assert_eq!(changes(Duration::ZERO), Some(Duration::from_millis(250)));
+        assert_eq!(changes(Duration::from_secs(9)), None);
     }
 }
