@@ -84,6 +84,12 @@ impl Address {
         }
     }
 
+    /// Whether it has to be looked up.
+    #[must_use]
+    pub fn is_name(&self) -> bool {
+        matches!(self, Self::Tcp { host, .. } if !host.is_empty() && host.parse::<IpAddr>().is_err())
+    }
+
     /// The socket addresses to try when connecting, in order. Names are resolved each time, because they change.
     ///
     /// # Errors

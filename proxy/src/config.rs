@@ -8,9 +8,14 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::address::Address;
 use crate::idle::IdlePolicy;
 use crate::lifecycle::{IdleAction, Ownership, Rules};
+use crate::plane::splice::PIPES_MAX;
 
-/// Descriptors kept free for everything that is no flow: listeners, D-Bus, epoll, eBPF, pipes in use.
-pub const DESCRIPTORS_RESERVED: u64 = 128;
+/// Descriptors kept free for everything that is neither a flow nor a worker: listeners, D-Bus, epoll, eBPF.
+pub const DESCRIPTORS_RESERVED: u64 = 64;
+/// Descriptors kept free for each worker: its epoll, its eventfd and all pipes it may have.
+pub const DESCRIPTORS_PER_WORKER: u64 = 2 + 2 * PIPES_MAX as u64;
+/// Workers by default, at most; more only helps with many CPUs to spare.
+pub const WORKERS_DEFAULT_MAX: usize = 4;
 /// Descriptors of one flow: the client's and the backend's.
 pub const DESCRIPTORS_PER_FLOW: u64 = 2;
 /// The default of `--connections-max` where the limit on open files allows it.
@@ -233,7 +238,29 @@ impl RunArgs {
     ///
     /// # Errors
     /// One line for people.
-    pub fn check(&self) -> Result<(), String> {
+    pub fn check(&self, listeners_passed: usize) -> Result<(), String> {
+        match (listeners_passed > 0, self.listen.is_empty()) {
+            (false, true) => {
+                return Err("no listener: give --listen ADDR, or start drowse from a .socket unit".to_owned());
+            }
+            (true, false) => {
+                return Err(
+                    "listeners came from systemd (LISTEN_FDS) and --listen is given too: drop one of the two"
+                        .to_owned(),
+                );
+            }
+            (true, true) | (false, false) => {}
+        }
+        if self.start_timeout.is_zero() {
+            return Err(
+                "--start-timeout 0 leaves the backend no time; for no limit write infinity".to_owned()
+            );
+        }
+        if self.idle_policy == IdlePolicy::Traffic && self.idle_time.is_zero() {
+            return Err(
+                "--idle-policy traffic with --idle-time 0 would close every connection at once".to_owned()
+            );
+        }
         if self.listen.contains(&self.backend) {
             return Err(format!("--listen and --backend are both {}; they must differ", self.backend));
         }
@@ -249,16 +276,24 @@ impl RunArgs {
         Ok(())
     }
 
+    /// Forwarding threads: as many as asked for, else one per CPU up to [`WORKERS_DEFAULT_MAX`].
+    #[must_use]
+    pub fn workers(&self) -> usize {
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        self.workers.map_or(cpus.min(WORKERS_DEFAULT_MAX), usize::from)
+    }
+
     /// How many flows and held clients there may be, given the limit on open files.
     ///
     /// # Errors
     /// The user's number needs more open files than the limit allows.
     pub fn connections_max(&self, open_files_max: u64) -> Result<u64, String> {
-        let possible = open_files_max.saturating_sub(DESCRIPTORS_RESERVED) / DESCRIPTORS_PER_FLOW;
+        let reserved = DESCRIPTORS_RESERVED + DESCRIPTORS_PER_WORKER * self.workers() as u64;
+        let possible = open_files_max.saturating_sub(reserved) / DESCRIPTORS_PER_FLOW;
         match self.connections_max {
             Some(wanted) if wanted > possible => Err(format!(
                 "--connections-max={wanted} needs {} open files, the limit is {open_files_max}; raise LimitNOFILE= or ulimit -n",
-                wanted.saturating_mul(DESCRIPTORS_PER_FLOW).saturating_add(DESCRIPTORS_RESERVED)
+                wanted.saturating_mul(DESCRIPTORS_PER_FLOW).saturating_add(reserved)
             )),
             Some(wanted) => Ok(wanted),
             None => Ok(CONNECTIONS_MAX_DEFAULT.min(possible).max(1)),
@@ -332,11 +367,20 @@ mod tests {
 
     #[test]
     fn contradictions_are_refused() {
-        assert!(run(&["--listen", "127.0.0.1:9"]).unwrap().check().is_err());
-        assert!(run(&["--ready-probe", "notify"]).unwrap().check().is_err());
-        assert!(run(&["--unit", "dice"]).unwrap().check().is_err());
+        for wrong in [
+            &["--listen", "127.0.0.1:9"][..],
+            &["--ready-probe", "notify"],
+            &["--unit", "dice"],
+            &["--start-timeout", "0"],
+            &["--idle-policy", "traffic", "--idle-time", "0"],
+        ] {
+            let listens = usize::from(wrong[0] != "--listen");
+            assert!(run(wrong).unwrap().check(listens).is_err(), "{wrong:?}");
+        }
+        assert!(run(&[]).unwrap().check(0).is_err());
+        assert!(run(&["--listen", "127.0.0.1:8"]).unwrap().check(1).is_err());
         assert!(run(&["--ready-probe", "http:health"]).is_err());
-        assert!(run(&["--unit", "dice.service", "--ready-probe", "notify"]).unwrap().check().is_ok());
+        assert!(run(&["--unit", "dice.service", "--ready-probe", "notify"]).unwrap().check(1).is_ok());
     }
 
     #[test]
@@ -349,7 +393,7 @@ mod tests {
 
     #[test]
     fn connections_fit_the_limit_on_open_files() {
-        assert_eq!(run(&[]).unwrap().connections_max(1024), Ok(448));
+        assert_eq!(run(&["--workers", "2"]).unwrap().connections_max(1024), Ok(414));
         assert_eq!(run(&[]).unwrap().connections_max(1 << 20), Ok(CONNECTIONS_MAX_DEFAULT));
         assert_eq!(run(&["--connections-max", "9"]).unwrap().connections_max(1024), Ok(9));
         assert!(run(&["--connections-max", "9000"]).unwrap().connections_max(1024).is_err());

@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use rustix::process::{Pid, Rlimit, kill_process_group};
@@ -22,6 +22,7 @@ use crate::accounting::{Accounting, Totals};
 use crate::activation::exec::ExecDriver;
 use crate::activation::systemd::{Bus, SystemdDriver};
 use crate::activation::{BackendState, Change, Driver, Failure};
+use crate::address;
 use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, ReadyProbe, RunArgs, Switch};
 use crate::lifecycle::{Command, Event, Lifecycle, Ownership, State};
@@ -116,6 +117,14 @@ pub async fn run(
     open_files: Rlimit,
 ) -> anyhow::Result<()> {
     let listeners = Listeners::open(passed, &run.listen).await?;
+    // A name is not looked up here: that may take seconds, and what it means may change.
+    let backend = if run.backend.is_name() { Vec::new() } else { run.backend.resolve().await? };
+    if let Some(own) = backend.iter().find(|one| listeners.is_at(one)) {
+        bail!(
+            "the backend's address {} is where drowse itself listens; they must differ",
+            address::display(own)
+        );
+    }
     let mut service = EventLoop::prepare(run, listeners, connections_max, open_files).await?;
     service.serve().await;
     Ok(())
@@ -133,7 +142,7 @@ impl EventLoop {
             Some(driver) => driver.state().await?,
             None => BackendState::Up,
         };
-        let workers = workers(&run);
+        let workers = run.workers();
         let accounting = Accounting::new(workers);
         let mode = match run.plane {
             PlaneChoice::Auto | PlaneChoice::Splice => Mode::Splice,
@@ -352,7 +361,11 @@ impl EventLoop {
                 self.hold(client);
                 vec![Event::ClientRefused]
             }
-            Outcome::Left => vec![Event::ClientLeft],
+            Outcome::Left => {
+                // A backend that takes one connection at a time must not wait for a client that went.
+                self.gate.offer_scout(None);
+                vec![Event::ClientLeft]
+            }
             Outcome::TurnedAway => vec![],
         }
     }
@@ -452,8 +465,7 @@ impl EventLoop {
             return;
         }
         let (run, hints) = (Arc::clone(&self.run), Arc::clone(&self.hints));
-        self.probe =
-            Some(Box::pin(async move { readiness::wait(&run.backend, &run.ready_probe, &hints).await }));
+        self.probe = Some(Box::pin(async move { readiness::wait(&run, &hints).await }));
     }
 
     /// Begins to load the listen hook beside the first start, so that it never delays a client.
@@ -504,12 +516,15 @@ impl EventLoop {
         match (before, after) {
             (State::Settling(_), State::Awake) => debug!("{name} is in use after all"),
             (_, State::Settling(_)) => debug!("{name} is idle: looking once more"),
+            (State::Waking { started_by_us: false, .. }, State::Awake) => {
+                debug!("{name} accepts connections again");
+            }
             (State::Waking { .. }, State::Awake) => {
                 info!("{name} is awake after {lasted}; clients held: {held}");
             }
             (_, State::Awake) => info!("{name} is awake"),
             (_, State::Waking { started_by_us: true, .. }) => info!("waking {name}"),
-            (_, State::Waking { .. }) => info!("{name} accepts no connection: waiting for it"),
+            (_, State::Waking { .. }) => debug!("{name} accepts no connection: waiting for it"),
             (State::Settling(_) | State::Awake, State::Stopping(_)) => {
                 info!("stopping {name}: it was awake for {lasted}");
             }
@@ -616,12 +631,6 @@ async fn driver(run: &RunArgs, open_files: Rlimit) -> anyhow::Result<Option<Box<
     let listens_for_ready = run.ready_probe == ReadyProbe::Notify;
     let driver = ExecDriver::new(run.command.clone(), run.stop_timeout, open_files, listens_for_ready);
     Ok(Some(Box::new(driver)))
-}
-
-/// Forwarding threads: as many as asked for, else one per CPU up to four; more only helps with many cores to spare.
-fn workers(run: &RunArgs) -> usize {
-    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    run.workers.map_or(cpus.min(4), usize::from)
 }
 
 fn occupied_failure(address: &str) -> Failure {

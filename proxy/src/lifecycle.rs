@@ -320,8 +320,9 @@ impl Lifecycle {
                 self.draining = Some(now.saturating_add(self.rules.drain_time));
                 todo.push(Command::StopAccepting);
             }
-            Event::Terminate
-            | Event::ClientRefused
+            // Asked twice: no more patience.
+            Event::Terminate => self.draining = Some(now),
+            Event::ClientRefused
             | Event::BackendReady
             | Event::Stopped(_)
             | Event::BackendUp
@@ -381,7 +382,14 @@ impl Lifecycle {
                     Some(failure) if started_by_us => self.fail(failure, todo, now),
                     Some(failure) => self.crash(failure, todo, now),
                     None if started_by_us => {
-                        let message = "the backend ended before it accepted a connection";
+                        let message = match self.rules.ownership {
+                            Ownership::Own => {
+                                "it ended before it accepted a connection; it must stay in the foreground"
+                            }
+                            Ownership::Managed | Ownership::Foreign => {
+                                "it ended before it accepted a connection"
+                            }
+                        };
                         self.fail(Failure::new("success", message), todo, now);
                     }
                     None => self.gone(todo, now),

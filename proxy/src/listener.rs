@@ -59,29 +59,35 @@ impl Drop for Listener {
 }
 
 impl Listeners {
-    /// Takes over the listeners that systemd passed (see [`passed`]), or binds `addresses`.
+    /// Takes over the listeners that systemd passed (see [`passed`]) and binds `addresses`.
     ///
     /// # Errors
-    /// Both or neither were given, a descriptor is no listening stream socket, an address cannot be bound.
+    /// A descriptor is no listening stream socket, an address cannot be bound.
     pub async fn open(passed: Vec<Passed>, addresses: &[Address]) -> anyhow::Result<Self> {
-        let listeners = match (passed.is_empty(), addresses.is_empty()) {
-            (true, true) => bail!("no listener: give --listen ADDR, or start drowse from a .socket unit"),
-            (false, false) => {
-                bail!(
-                    "listeners came from systemd (LISTEN_FDS) and --listen is given too: drop one of the two"
-                )
-            }
-            (false, true) => {
-                passed.into_iter().map(|(fd, name)| Listener::adopt(fd, &name)).collect::<Result<_, _>>()?
-            }
-            (true, false) => bind_all(addresses).await?,
-        };
+        let mut listeners =
+            passed.into_iter().map(|(fd, name)| Listener::adopt(fd, &name)).collect::<Result<Vec<_>, _>>()?;
+        listeners.extend(bind_all(addresses).await?);
         Ok(Self { all: listeners, next: 0, pause: None })
     }
 
     /// What is listened on, for people.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.all.iter().map(|listener| listener.name.as_str())
+    }
+
+    /// Whether one of the listeners is at `address`: a proxy that connects to itself never ends.
+    #[must_use]
+    pub fn is_at(&self, address: &SockAddr) -> bool {
+        self.all.iter().filter_map(|listener| listener.socket.get_ref().local_addr().ok()).any(
+            |local| match (local.as_socket(), address.as_socket()) {
+                (Some(local), Some(address)) => {
+                    let any = local.ip().is_unspecified() && address.ip().to_canonical().is_loopback();
+                    local.port() == address.port() && (any || local.ip() == address.ip())
+                }
+                (None, None) => local.as_pathname().is_some() && local.as_pathname() == address.as_pathname(),
+                (Some(_), None) | (None, Some(_)) => false,
+            },
+        )
     }
 
     /// The next client's connection, non-blocking. Cancel safe.

@@ -24,20 +24,24 @@ fn main() -> ExitCode {
 fn serve(run: RunArgs) -> ExitCode {
     log_to_stderr(run.log_level);
     let open_files = getrlimit(Resource::Nofile);
-    let connections_max = match run.check().and_then(|()| run.connections_max(raise_open_files(open_files))) {
-        Ok(connections_max) => connections_max,
-        Err(message) => {
-            tracing::error!("{message}");
-            return ExitCode::from(WRONG_ARGUMENTS);
-        }
+    let passed = match drowse::listener::passed() {
+        Ok(passed) => passed,
+        Err(error) => return failed(ExitCode::FAILURE, &error),
     };
-    match drowse::listener::passed().and_then(|passed| block_on(run, passed, connections_max, open_files)) {
+    let checked = run.check(passed.len()).and_then(|()| run.connections_max(raise_open_files(open_files)));
+    let connections_max = match checked {
+        Ok(connections_max) => connections_max,
+        Err(message) => return failed(ExitCode::from(WRONG_ARGUMENTS), &anyhow::Error::msg(message)),
+    };
+    match block_on(run, passed, connections_max, open_files) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error:#}");
-            ExitCode::FAILURE
-        }
+        Err(error) => failed(ExitCode::FAILURE, &error),
     }
+}
+
+fn failed(status: ExitCode, error: &anyhow::Error) -> ExitCode {
+    tracing::error!("{error:#}");
+    status
 }
 
 fn block_on(

@@ -27,6 +27,9 @@ const CONNECT_TIME: Duration = Duration::from_secs(5);
 /// How long the connection that proved readiness may wait for a client before it is too old to be used.
 const SCOUT_TIME: Duration = Duration::from_secs(1);
 
+/// The pause before a client is held anew that epoll had no room for.
+const NO_EPOLL_PAUSE: Duration = Duration::from_millis(100);
+
 /// What clients wait for.
 #[derive(Clone, Copy, Debug, Default)]
 struct Opening {
@@ -97,6 +100,7 @@ pub fn hold(client: Socket, gate: Arc<Gate>, run: Arc<RunArgs>) -> impl Future<O
                 Ok(watched) => watched,
                 Err(error) => {
                     let (client, cause) = error.into_parts();
+                    tokio::time::sleep(NO_EPOLL_PAUSE).await;
                     return Outcome::Refused(client, cause);
                 }
             };
@@ -130,7 +134,7 @@ async fn pair(
         reset(client);
         return Outcome::TurnedAway;
     }
-    match connected.and_then(|socket| introduce(socket, &client, run.proxy_protocol)) {
+    match connected.and_then(|socket| introduce(socket, Some(&client), run.proxy_protocol)) {
         Ok(socket) => Outcome::Paired(Flow { client: client.into(), backend: socket.into() }),
         Err(error) => Outcome::Refused(client, error),
     }
@@ -194,11 +198,19 @@ fn checked(socket: Socket) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Writes the PROXY protocol header, if one is wanted. A fresh socket's send buffer takes it whole.
-fn introduce(backend: Socket, client: &Socket, header: Option<ProxyProtocol>) -> io::Result<Socket> {
+/// Writes the PROXY protocol header, if one is wanted; without a client it says that the connection is our own. A
+/// fresh socket's send buffer takes it whole.
+///
+/// # Errors
+/// The backend is gone, or the buffer did not take it.
+pub fn introduce(
+    backend: Socket,
+    client: Option<&Socket>,
+    header: Option<ProxyProtocol>,
+) -> io::Result<Socket> {
     let Some(version) = header else { return Ok(backend) };
-    let source = client.peer_addr().ok().and_then(|address| address.as_socket());
-    let destination = client.local_addr().ok().and_then(|address| address.as_socket());
+    let source = client.and_then(|client| client.peer_addr().ok()?.as_socket());
+    let destination = client.and_then(|client| client.local_addr().ok()?.as_socket());
     let ends = source.zip(destination);
     let header = match version {
         ProxyProtocol::V1 => {

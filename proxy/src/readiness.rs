@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 
 use crate::address::{self, Address};
 use crate::clock;
-use crate::config::ReadyProbe;
+use crate::config::{ReadyProbe, RunArgs};
 use crate::pairing;
 
 /// The pause between two connects is this part of the time waited so far, so that at most so much is lost.
@@ -26,9 +26,11 @@ const RETRY_PART: u32 = 32;
 const RETRY_MIN: Duration = Duration::from_millis(1);
 /// The longest pause between two connects.
 const RETRY_MAX: Duration = Duration::from_millis(100);
-/// The pause while the listen hook watches: only a net, for a backend whose listen no hook sees (behind a port
+/// The same part while the listen hook watches: only a net, for a backend whose listen no hook sees (behind a port
 /// forward into another network namespace, say).
-const RETRY_HOOKED: Duration = Duration::from_secs(1);
+const HOOKED_PART: u32 = 4;
+/// The longest pause while the listen hook watches.
+const HOOKED_MAX: Duration = Duration::from_secs(1);
 /// How long the backend may take to answer the HTTP probe.
 const HTTP_TIME: Duration = Duration::from_secs(5);
 /// How much of an HTTP answer is looked at for its status line and headers, in bytes.
@@ -77,7 +79,7 @@ impl Hints {
 
     fn pause(&self, waited: Duration) -> Duration {
         if self.hooked.load(Relaxed) {
-            RETRY_HOOKED
+            (waited / HOOKED_PART).clamp(RETRY_MAX, HOOKED_MAX)
         } else {
             (waited / RETRY_PART).clamp(RETRY_MIN, RETRY_MAX)
         }
@@ -85,10 +87,10 @@ impl Hints {
 }
 
 /// Waits until the backend is ready. Returns the connection that proved it, for the first client to use.
-pub async fn wait(backend: &Address, probe: &ReadyProbe, hints: &Hints) -> Option<Socket> {
+pub async fn wait(run: &RunArgs, hints: &Hints) -> Option<Socket> {
     let since = clock::now();
     loop {
-        match try_once(backend, probe, hints).await {
+        match try_once(run, hints).await {
             Ok(scout) => return scout,
             Err(error) => {
                 *hints.last_error.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string();
@@ -99,13 +101,14 @@ pub async fn wait(backend: &Address, probe: &ReadyProbe, hints: &Hints) -> Optio
     }
 }
 
-async fn try_once(backend: &Address, probe: &ReadyProbe, hints: &Hints) -> io::Result<Option<Socket>> {
-    match probe {
+async fn try_once(run: &RunArgs, hints: &Hints) -> io::Result<Option<Socket>> {
+    let backend = &run.backend;
+    match &run.ready_probe {
         ReadyProbe::Connect => pairing::connect(backend).await.map(Some),
         ReadyProbe::Notify if hints.said_ready.load(Relaxed) => pairing::connect(backend).await.map(Some),
         ReadyProbe::Notify => Err(io::Error::new(io::ErrorKind::WouldBlock, "it did not say READY=1")),
         ReadyProbe::Http(path) => {
-            let socket = pairing::connect(backend).await?;
+            let socket = pairing::introduce(pairing::connect(backend).await?, None, run.proxy_protocol)?;
             tokio::time::timeout(HTTP_TIME, http_get(socket, backend, path)).await??;
             Ok(None)
         }

@@ -415,3 +415,31 @@ fn a_reload_is_announced_and_ends_the_pause_after_failures() -> Result<()> {
     std::fs::remove_file(&marker)?;
     Ok(())
 }
+
+#[test]
+fn a_client_that_outlives_a_dead_backend_keeps_nothing_awake() -> Result<()> {
+    let mut drowse = run(&["--idle-time", "100ms"], &[])?;
+    let mut client = connect()?;
+    echo(&mut client, b"a")?;
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", drowse.id()))?;
+    let child: i32 = children.trim().parse().context("one child")?;
+    rustix::process::kill_process(Pid::from_raw(child).context("a pid")?, Signal::KILL)?;
+    ensure!(client.read(&mut [0])? == 0, "the backend had nothing unread, so its end is a FIN");
+    drowse.wait_for_line("was ended by signal 9")?;
+    // The first client never closes its half.
+    one_request(b"b")?;
+    drowse.wait_for_line("is asleep")?;
+    Ok(())
+}
+
+#[test]
+fn a_second_stop_request_waits_for_nobody() -> Result<()> {
+    let mut drowse = run(&["--drain-time", "infinity"], &[])?;
+    let mut client = connect()?;
+    echo(&mut client, b"a")?;
+    drowse.signal(Signal::INT)?;
+    drowse.wait_for_line("letting open connections end")?;
+    drowse.signal(Signal::TERM)?;
+    ensure!(drowse.wait_for_exit()?.success());
+    Ok(())
+}

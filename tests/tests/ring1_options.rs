@@ -100,7 +100,8 @@ fn every_address_of_a_name_is_tried() -> Result<()> {
 
 #[test]
 fn a_plain_proxy_holds_until_the_backend_is_there() -> Result<()> {
-    let mut drowse = Drowse::run(&["--listen", &public(), "--backend", &backend()])?;
+    let arguments = ["--listen", &public(), "--backend", &backend(), "--log-level", "debug"];
+    let mut drowse = Drowse::run(&arguments)?;
     let mut client = connect()?;
     client.write_all(b"patience")?;
     drowse.wait_for_line("accepts no connection: waiting for it")?;
@@ -279,7 +280,7 @@ fn bad_input_gets_one_clear_line_and_the_right_status() -> Result<()> {
     let (public, backend, file) = (public(), backend(), text(&file));
     let no_directory = "/nonexistent-directory/socket";
     let cases: &[(&[&str], i32, &str)] = &[
-        (&["--backend", &backend], 1, "no listener: give --listen ADDR, or start drowse from a .socket unit"),
+        (&["--backend", &backend], 2, "no listener: give --listen ADDR, or start drowse from a .socket unit"),
         (&["--listen", &public, "--backend", &backend], 1, "another process listens there"),
         (&["--listen", &file, "--backend", &backend], 1, "exists and is no socket"),
         (&["--listen", no_directory, "--backend", &backend], 1, "the directory does not exist"),
@@ -295,6 +296,7 @@ fn bad_input_gets_one_clear_line_and_the_right_status() -> Result<()> {
         (&["--listen", &public, "--backend", &backend, "--unit", "dice"], 2, "dice.service"),
         (&["--listen", &public, "--backend", &backend, "--idle-time", "soon"], 2, "write it as 90s, 15min"),
         (&["--listen", &public, "--backend", &backend, "--connections-max", "9999999"], 2, "LimitNOFILE="),
+        (&["--listen", &public, "--backend", &backend, "--start-timeout", "0"], 2, "write infinity"),
         (
             &["--listen", &public, "--backend", &backend, "--ready-probe", "notify"],
             2,
@@ -322,7 +324,7 @@ fn listeners_from_systemd_and_from_the_command_line_exclude_each_other() -> Resu
     drowse.wait_for_line("Listening on")?;
     let _client = connect_to(&passed)?;
     drowse.wait_for_line("listeners came from systemd (LISTEN_FDS) and --listen is given too")?;
-    ensure!(drowse.wait_for_exit()?.code() == Some(1));
+    ensure!(drowse.wait_for_exit()?.code() == Some(2));
     Ok(())
 }
 
@@ -398,4 +400,14 @@ fn running_out_of_descriptors_loses_nobody() -> Result<()> {
         ensure!(reply == [number]);
     }
     drowse.signal(Signal::TERM)
+}
+
+#[test]
+fn a_proxy_in_front_of_itself_is_refused() -> Result<()> {
+    let port = 20_000 + std::process::id() % 10_000;
+    let (any, loopback) = (format!(":{port}"), format!("127.0.0.1:{port}"));
+    let arguments = ["run", "--listen", &any, "--backend", &loopback];
+    let (code, said) = refused(Command::new(drowse_binary()?).args(arguments))?;
+    ensure!(code == Some(1) && said.contains("is where drowse itself listens"), "{code:?}: {said}");
+    Ok(())
 }

@@ -20,7 +20,7 @@ use super::copy::Sent;
 const PIPE_CAPACITY: usize = 1024 * 1024;
 
 /// Pipes that one worker has at most, in use and idle together: congested flows beyond it are copied.
-const PIPES_MAX: usize = 32;
+pub const PIPES_MAX: usize = 32;
 
 /// Idle pipes that one worker keeps.
 const PIPES_IDLE_MAX: usize = 16;
