@@ -40,26 +40,26 @@ pub struct LoadCase {
 }
 
 impl LoadCase {
-    /// The case with the client in this process.
+    /// The case with the client on the loopback.
     #[must_use]
     pub fn on_loopback(self, setting: &Setting) -> Case<'_> {
-        let load = self.load;
-        self.with(setting, move |peer| {
-            setting.with_peer(peer, load.flows(), |started: &Started| {
-                load.run(started.address, &setting.pattern)
-            })
-        })
+        self.at(setting, |peer, flows, measure| setting.with_peer(peer, flows, measure))
     }
 
-    /// The case with the client wherever `run` puts it, which starts a peer and runs [`LoadCase::load`] against it.
-    pub fn with<'a>(
+    /// The case with the client wherever `place` has it measure: `place` starts the peer for so many flows, and calls
+    /// what it is given.
+    pub fn at<'a>(
         self,
         setting: &'a Setting,
-        run: impl Fn(&dyn Peer) -> Result<LoadResult> + Clone + 'a,
+        place: impl Fn(&dyn Peer, usize, &(dyn Fn(&Started) -> Result<Sample> + Sync)) -> Result<Sample>
+        + Copy
+        + 'a,
     ) -> Case<'a> {
-        let contestant = |peer: &'a dyn Peer| {
-            let (run, sample) = (run.clone(), self.sample);
-            Contestant { peer: peer.name(), measure: Box::new(move || Ok(sample(run(peer)?))) }
+        let (load, sample, pattern) = (self.load, self.sample, &setting.pattern);
+        let measure = move |started: &Started| Ok(sample(load.run(started.address, pattern)?));
+        let contestant = |peer: &'a dyn Peer| Contestant {
+            peer: peer.name(),
+            measure: Box::new(move || place(peer, load.flows(), &measure)),
         };
         let contestants = setting.peers.iter().map(|peer| contestant(peer.as_ref())).collect();
         Case { name: self.name, unit: self.unit, better: self.better, contestants }
