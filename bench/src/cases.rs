@@ -5,15 +5,18 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use hdrhistogram::Histogram;
 
+use crate::costs::Counters;
+pub use crate::costs::Work;
 use crate::cpus::{Layout, started_on};
+use crate::isolation::Remote;
 use crate::peers::{Peer, Started, Wanted};
 use crate::process::{self, Running, readable_within};
 use crate::report::{Better, Latency, Measurement};
@@ -42,6 +45,8 @@ pub struct Sizes {
     pub slow_bytes: u64,
     /// Idle flows.
     pub idle_flows: usize,
+    /// How long they are idle while the proxy's wake-ups are counted.
+    pub idle_time: Duration,
     /// Cold requests, and starts, of which a round is the median.
     pub starts_each: usize,
 }
@@ -54,6 +59,7 @@ impl Sizes {
         bulk_bytes: 1 << 30,
         slow_bytes: 64 << 20,
         idle_flows: 9_000,
+        idle_time: Duration::from_secs(2),
         starts_each: 5,
     };
     /// For a smoke test.
@@ -63,6 +69,7 @@ impl Sizes {
         bulk_bytes: 32 << 20,
         slow_bytes: 32 << 20,
         idle_flows: 300,
+        idle_time: Duration::from_millis(200),
         starts_each: 1,
     };
 }
@@ -81,6 +88,8 @@ pub struct Setting {
     pub drowse: Option<PathBuf>,
     /// Whether this user may load eBPF programs.
     pub may_load_ebpf: bool,
+    /// Where a client on another machine would be; none when it could not be made.
+    pub remote: Option<Remote>,
     /// This program, which is also the backend.
     pub this_program: PathBuf,
     /// The bytes of all streams.
@@ -96,6 +105,8 @@ pub struct Sample {
     pub latency: Option<Histogram<u64>>,
     /// Figures beside the main one, by name with its unit.
     pub details: Vec<(&'static str, f64)>,
+    /// What the round moved in all, for its costs; none when they mean nothing.
+    pub work: Option<Work>,
 }
 
 /// Why a peer cannot take part here, through no fault of its own.
@@ -135,6 +146,8 @@ pub struct Case<'a> {
 pub fn all(setting: &Setting) -> Vec<Case<'_>> {
     let loads = loads::all(&setting.sizes);
     let mut cases: Vec<Case<'_>> = loads.map(|load| load.on_loopback(setting)).collect();
+    let remote = loads::remote(&setting.sizes);
+    cases.extend(remote.into_iter().map(|load| load.from_another_machine(setting)));
     cases.push(slow_reader::case(setting));
     cases.push(idle_flows::case(setting));
     cases.extend(cold::cases(setting));
@@ -243,24 +256,54 @@ impl Setting {
         ["backend".to_owned(), format!("--listen={listen}"), format!("--listen-delay={delay}")]
     }
 
-    /// Starts a backend on a free port and `peer` in front of it, shows that bytes pass, and hands both to `measure`.
+    /// Starts a backend on a free port and `peer` in front of it, shows that bytes pass, and has `measure` put a load
+    /// on them. What the load cost is added to the sample's details, if that says how much work it was.
     ///
     /// # Errors
-    /// When one of them does not start, or `measure` fails.
-    pub fn with_peer<T>(
+    /// When one of them does not start, or `measure` fails. [`Unavailable`] when `peer` cannot hold `flows` flows.
+    pub fn with_peer(
         &self,
         peer: &dyn Peer,
         flows: usize,
-        measure: impl FnOnce(&Started) -> Result<T>,
-    ) -> Result<T> {
+        measure: impl FnOnce(&Started) -> Result<Sample>,
+    ) -> Result<Sample> {
+        let (_backend, mut started) = self.start(Ipv4Addr::LOCALHOST.into(), peer, flows)?;
+        let outcome = load(&self.pattern, peer.has_process_for_each_flow(), &started, measure);
+        started.explain(outcome)
+    }
+
+    /// As [`Setting::with_peer`], with `measure`, and so its client, on the other side of a pair of network devices.
+    ///
+    /// # Errors
+    /// Those of [`Setting::with_peer`]; [`Unavailable`] when there is no other side.
+    pub fn with_remote_client(
+        &self,
+        peer: &dyn Peer,
+        flows: usize,
+        measure: impl FnOnce(&Started) -> Result<Sample> + Send,
+    ) -> Result<Sample> {
+        let Some(remote) = &self.remote else {
+            bail!(Unavailable("a second network namespace could not be made; the run has said why"));
+        };
+        let (_backend, mut started) = self.start(Remote::PROXY.into(), peer, flows)?;
+        let (pattern, has_process_for_each_flow) = (&self.pattern, peer.has_process_for_each_flow());
+        let outcome = remote.run(|| load(pattern, has_process_for_each_flow, &started, measure));
+        started.explain(outcome)
+    }
+
+    /// Starts a backend and `peer` in front of it, both at `ip`.
+    fn start(&self, ip: IpAddr, peer: &dyn Peer, flows: usize) -> Result<(Backend, Started)> {
+        if flows > peer.flows_max(self.files_max) {
+            bail!(Unavailable("it cannot hold so many flows at once"));
+        }
         let mut command = process::command(&self.this_program);
-        command.args(Self::backend_arguments(SocketAddr::from(([127, 0, 0, 1], 0)), Duration::ZERO));
+        command.args(Self::backend_arguments(SocketAddr::new(ip, 0), Duration::ZERO));
         command.stdout(Stdio::piped());
         let process = started_on(&self.layout.backend, || Running::start("backend", command))?;
         let backend = Backend::listening(process, Duration::ZERO)?;
-        let mut started = peer.start(&Wanted { backend: backend.address, flows, layout: &self.layout })?;
-        let outcome = crate::client::warm_up(started.address, &self.pattern).and_then(|()| measure(&started));
-        started.explain(outcome)
+        let wanted = Wanted { backend: backend.address, listen: ip, flows, layout: &self.layout };
+        let started = peer.start(&wanted)?;
+        Ok((backend, started))
     }
 
     /// Starts a backend on `listen` as drowse would: nothing between this process and the backend's exec, and drowse's
@@ -279,6 +322,23 @@ impl Setting {
             Ok(Duration::from_nanos(backend.listened_at_ns).saturating_sub(started_at))
         })
     }
+}
+
+/// Shows that bytes pass, runs `measure`, and adds what its load cost.
+fn load(
+    pattern: &Pattern,
+    has_process_for_each_flow: bool,
+    started: &Started,
+    measure: impl FnOnce(&Started) -> Result<Sample>,
+) -> Result<Sample> {
+    crate::client::warm_up(started.address, pattern)?;
+    let counters = || Counters::now(started.process.as_ref(), has_process_for_each_flow);
+    let before = counters()?;
+    let mut sample = measure(started)?;
+    if let Some(work) = sample.work {
+        sample.details.extend(counters()?.costs_since(&before, work));
+    }
+    Ok(sample)
 }
 
 /// A loopback address that is free now. Nothing else binds ports in a namespace of our own.
@@ -314,7 +374,7 @@ mod tests {
                     round += 1;
                     order.borrow_mut().push_str(peer);
                     ensure!(round != fails_at, "broke");
-                    Ok(Sample { value: 1.0, latency: None, details: vec![("bytes", 2.0)] })
+                    Ok(Sample { value: 1.0, latency: None, details: vec![("bytes", 2.0)], work: None })
                 }
             }),
         };

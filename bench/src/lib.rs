@@ -2,12 +2,13 @@
 //! [`isolation`] -> [`cpus`] -> [`peers`] -> [`cases`] -> [`report`] -> [`bars`].
 //!
 //! [`client`] and [`backend`] are the two ends of every measurement and speak [`wire`]; [`process`] owns all children,
-//! and [`stats`] the rules by which rounds become figures.
+//! [`costs`] what they take of the machine, and [`stats`] the rules by which rounds become figures.
 
 pub mod backend;
 pub mod bars;
 pub mod cases;
 pub mod client;
+pub mod costs;
 pub mod cpus;
 pub mod isolation;
 pub mod peers;

@@ -2,29 +2,68 @@
 //!
 //! Owns: how each peer is started, so that its own users would call it a fair start. Must never: treat drowse better
 //! than another. Every proxy gets a listening socket that is already open, as systemd passes it, so no peer's own
-//! start is in a measurement that is not about starting.
+//! start is in a measurement that is not about starting; socat, which cannot take one, opens one that is like it.
 
-use std::net::{SocketAddr, TcpListener};
+use std::fs;
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use tempfile::TempDir;
 
 use crate::cpus::{Layout, started_on};
 use crate::process::{Running, socket_activated};
 
+mod drowse;
+mod haproxy;
+mod nginx;
+mod socat;
+mod socket_proxyd;
+
+pub use drowse::{Drowse, Plane};
+pub use haproxy::Haproxy;
+pub use nginx::Nginx;
+pub use socat::Socat;
+pub use socket_proxyd::SocketProxyd;
+
 /// Files that a proxy keeps open beside those of its flows, at most.
 const OWN_FILES_MAX: u64 = 100;
+/// Connections that wait in a proxy's listener, at most: what systemd asks for and the kernel's default limit allows
+/// (`net.core.somaxconn`).
+pub const BACKLOG: i32 = 4096;
+/// Where programs are that are not on everybody's PATH.
+const MORE_DIRECTORIES: [&str; 2] = ["/usr/sbin", "/sbin"];
 
 /// What a peer has to connect.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
     /// Where the backend listens.
     pub backend: SocketAddr,
+    /// The address, without a port, at which clients reach the proxy.
+    pub listen: IpAddr,
     /// Flows open at the same time.
     pub flows: usize,
     /// The processors of each part.
     pub layout: &'a Layout,
+}
+
+impl Wanted<'_> {
+    /// Opens the listening socket that a proxy is given.
+    fn listener(&self) -> Result<(TcpListener, SocketAddr)> {
+        let listener =
+            TcpListener::bind((self.listen, 0)).context("open a listening socket for the proxy")?;
+        rustix::net::listen(&listener, BACKLOG).context("set the listener's backlog")?;
+        let address = listener.local_addr().context("read the listener's address")?;
+        Ok((listener, address))
+    }
+
+    /// `template` with what is the same for all peers filled in.
+    fn fill(&self, template: &str) -> String {
+        template
+            .replace("@BACKEND@", &self.backend.to_string())
+            .replace("@THREADS@", &self.layout.proxy.len().to_string())
+    }
 }
 
 /// A started peer; dropping it ends it.
@@ -34,6 +73,8 @@ pub struct Started {
     pub address: SocketAddr,
     /// The proxy's process; none for a direct connection.
     pub process: Option<Running>,
+    /// The proxy's files, kept until its process is gone.
+    _directory: Option<TempDir>,
 }
 
 impl Started {
@@ -54,7 +95,7 @@ pub trait Peer {
     /// The name in reports.
     fn name(&self) -> &'static str;
 
-    /// The version as the program itself tells it.
+    /// The version as the program itself tells it, or that it is not installed.
     ///
     /// # Errors
     /// When the program cannot be run.
@@ -66,19 +107,28 @@ pub trait Peer {
     /// The command line of the proxy, for the report; empty for a direct connection.
     fn command_line(&self, wanted: &Wanted<'_>) -> Vec<String>;
 
+    /// The configuration file, for the report, with `@NAME@` for what a run fills in; none when there is none.
+    fn configuration(&self) -> Option<String> {
+        None
+    }
+
+    /// Whether each flow has a process of its own, which is gone, with its counters, before its costs can be read.
+    fn has_process_for_each_flow(&self) -> bool {
+        false
+    }
+
     /// Starts it.
     ///
     /// # Errors
-    /// When it does not start.
+    /// When it does not start; [`crate::cases::Unavailable`] when it is not installed.
     fn start(&self, wanted: &Wanted<'_>) -> Result<Started> {
-        let listener = TcpListener::bind("127.0.0.1:0").context("open a listening socket for the proxy")?;
-        let address = listener.local_addr().context("read the listener's address")?;
+        let (listener, address) = wanted.listener()?;
         let line = self.command_line(wanted);
         let (program, arguments) = line.split_first().context("find the proxy's program")?;
         let mut command = socket_activated(program, listener);
         command.args(arguments);
         let process = started_on(&wanted.layout.proxy, || Running::start(self.name(), command))?;
-        Ok(Started { address, process: Some(process) })
+        Ok(Started { address, process: Some(process), _directory: None })
     }
 }
 
@@ -104,94 +154,7 @@ impl Peer for Direct {
     }
 
     fn start(&self, wanted: &Wanted<'_>) -> Result<Started> {
-        Ok(Started { address: wanted.backend, process: None })
-    }
-}
-
-/// systemd's own proxy, socket-activated, with its default of 256 connections raised as far as needed.
-#[derive(Debug)]
-pub struct SocketProxyd {
-    /// Debian keeps it outside of `PATH`.
-    pub program: PathBuf,
-}
-
-impl Peer for SocketProxyd {
-    fn name(&self) -> &'static str {
-        "systemd-socket-proxyd"
-    }
-
-    fn version(&self) -> Result<String> {
-        first_line(&self.program)
-    }
-
-    /// It keeps two sockets and two pipes for each flow: six files.
-    fn flows_max(&self, files_max: u64) -> usize {
-        flows_of(files_max, 6)
-    }
-
-    fn command_line(&self, wanted: &Wanted<'_>) -> Vec<String> {
-        vec![
-            self.program.display().to_string(),
-            format!("--connections-max={}", wanted.flows + 1),
-            wanted.backend.to_string(),
-        ]
-    }
-}
-
-/// drowse with one of its planes, as a plain proxy that starts and stops nothing.
-#[derive(Debug)]
-pub struct Drowse {
-    /// The program under test.
-    pub program: PathBuf,
-    /// The plane it is told to use.
-    pub plane: Plane,
-}
-
-/// The planes that can be measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Plane {
-    /// The kernel moves the bytes through a pipe.
-    Splice,
-    /// drowse reads and writes the bytes.
-    Copy,
-}
-
-impl Plane {
-    /// The value of `--plane`.
-    #[must_use]
-    pub fn option(self) -> &'static str {
-        match self {
-            Self::Splice => "splice",
-            Self::Copy => "copy",
-        }
-    }
-}
-
-impl Peer for Drowse {
-    fn name(&self) -> &'static str {
-        match self.plane {
-            Plane::Splice => "drowse-splice",
-            Plane::Copy => "drowse-copy",
-        }
-    }
-
-    fn version(&self) -> Result<String> {
-        first_line(&self.program)
-    }
-
-    /// Two sockets for each flow; pipes belong to flows that move bytes.
-    fn flows_max(&self, files_max: u64) -> usize {
-        flows_of(files_max, 2)
-    }
-
-    fn command_line(&self, wanted: &Wanted<'_>) -> Vec<String> {
-        vec![
-            self.program.display().to_string(),
-            "run".to_owned(),
-            format!("--backend={}", wanted.backend),
-            format!("--plane={}", self.plane.option()),
-            format!("--connections-max={}", wanted.flows + 1),
-        ]
+        Ok(Started { address: wanted.backend, process: None, _directory: None })
     }
 }
 
@@ -199,14 +162,33 @@ fn flows_of(files_max: u64, files_each: u64) -> usize {
     usize::try_from(files_max.saturating_sub(OWN_FILES_MAX) / files_each).unwrap_or(usize::MAX)
 }
 
-/// The first line of `program --version`.
-fn first_line(program: &Path) -> Result<String> {
-    let output = Command::new(program)
-        .arg("--version")
-        .output()
-        .with_context(|| format!("run {}", program.display()))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    Ok(text.lines().next().unwrap_or("unknown").to_owned())
+/// Where `program` is installed.
+fn installed(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let directories = std::env::split_paths(&path).chain(MORE_DIRECTORIES.map(PathBuf::from));
+    directories.map(|directory| directory.join(program)).find(|file| file.is_file())
+}
+
+/// A directory of its own for a proxy, with its configuration in the file `name`.
+fn configured(name: &str, text: &str) -> Result<TempDir> {
+    let directory = tempfile::tempdir().context("make a directory for a proxy's configuration")?;
+    fs::write(directory.path().join(name), text).with_context(|| format!("write {name}"))?;
+    Ok(directory)
+}
+
+/// The first line of what `program option` prints that begins with `begin`.
+fn version_line(program: &Path, option: &str, begin: &str) -> Result<String> {
+    let output =
+        Command::new(program).arg(option).output().with_context(|| format!("run {}", program.display()))?;
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    Ok(text.lines().find(|line| line.starts_with(begin)).unwrap_or("unknown").to_owned())
+}
+
+/// As [`version_line`], for a program that may be missing.
+fn version_of(program: &str, option: &str, begin: &str) -> Result<String> {
+    installed(program)
+        .map_or_else(|| Ok("not installed".to_owned()), |program| version_line(&program, option, begin))
 }
 
 #[cfg(test)]
@@ -219,6 +201,25 @@ mod tests {
         assert_eq!(proxyd.flows_max(20_000), 3_316);
         let drowse = Drowse { program: PathBuf::new(), plane: Plane::Splice };
         assert!(drowse.flows_max(20_000) >= 9_000);
+        assert!(Haproxy.flows_max(20_000) >= 9_000);
+        assert!(Nginx.flows_max(20_000) >= 9_000);
+        assert!(Socat.flows_max(20_000) < 512);
         assert_eq!(Direct.flows_max(50), 0);
+        assert_eq!(Haproxy.flows_max(50), 0);
+    }
+
+    #[test]
+    fn a_configuration_is_filled_in_whole() {
+        let layout = Layout { client: vec![0], proxy: vec![0, 1], backend: vec![1] };
+        let backend = SocketAddr::from(([127, 0, 0, 1], 81));
+        let wanted = Wanted { backend, listen: [127, 0, 0, 1].into(), flows: 7, layout: &layout };
+        let listen = SocketAddr::from(([127, 0, 0, 1], 80));
+        let texts = [haproxy::rendered(&wanted), nginx::rendered(&wanted, listen, Path::new("/m.so"))];
+        for text in texts {
+            let settings: Vec<&str> = text.lines().filter(|line| !line.trim().starts_with('#')).collect();
+            assert!(settings.iter().all(|line| !line.contains("@N") && !line.contains("@B")), "{text}");
+            assert!(text.contains("127.0.0.1:81"), "{text}");
+            assert_eq!(settings.iter().filter(|line| line.matches('@').count() > 1).count(), 0, "{text}");
+        }
     }
 }

@@ -2,23 +2,30 @@
 //!
 //! Owns: starting one so that it cannot outlive the benchmark, and ending it. Must never: signal a process that it
 //! did not start. `setpriv --pdeathsig` has the kernel kill the child when the thread that started it dies
-//! (`PR_SET_PDEATHSIG`), so children are started from the main thread only.
+//! (`PR_SET_PDEATHSIG`), so children are started from the main thread only. A fork does not inherit that, so a program
+//! that forks runs as the first process of a PID namespace, with which all other processes in it end
+//! (`pid_namespaces(7)`); `unshare --kill-child` ends the first one with its own parent.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{Read, Seek};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 /// How long a child may take to end after SIGTERM before it gets SIGKILL.
 const END_WITHIN: Duration = Duration::from_secs(5);
+/// Time between two attempts to connect to a child that does not listen yet.
+const PORT_INTERVAL: Duration = Duration::from_millis(2);
+/// A program with more processes is not one of the peers.
+const PROCESSES_MAX: usize = 10_000;
 
 /// What a service manager would tell the child; nothing of it may come from the caller's own environment.
 const MANAGER_VARIABLES: [&str; 5] =
@@ -30,6 +37,8 @@ pub struct Running {
     child: Child,
     name: String,
     stderr: File,
+    /// Whether the child is `unshare`, which waits for the program itself.
+    is_family: bool,
 }
 
 impl Running {
@@ -41,7 +50,31 @@ impl Running {
         let stderr = tempfile::tempfile().context("make a file for a child's stderr")?;
         command.stderr(stderr.try_clone().context("share a child's stderr")?);
         let child = command.spawn().with_context(|| format!("start {name}"))?;
-        Ok(Self { child, name: name.to_owned(), stderr })
+        Ok(Self { child, name: name.to_owned(), stderr, is_family: false })
+    }
+
+    /// As [`Running::start`], for a command of [`family`] or [`socket_activated_family`].
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn start_family(name: &str, command: Command) -> Result<Self> {
+        let mut running = Self::start(name, command)?;
+        running.is_family = true;
+        Ok(running)
+    }
+
+    /// Waits until the child accepts connections at `address`.
+    ///
+    /// # Errors
+    /// When it ends before, or does not accept in time.
+    pub fn wait_for_port(&mut self, address: SocketAddr, timeout: Duration) -> Result<()> {
+        let exit = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()).context("watch a child")?;
+        let until = drowse::clock::now() + timeout;
+        while TcpStream::connect_timeout(&address, timeout).is_err() {
+            ensure!(!readable_within(&exit, PORT_INTERVAL)?, "it ended: {}", self.last_words());
+            ensure!(drowse::clock::now() < until, "{} does not listen on {address}", self.name);
+        }
+        Ok(())
     }
 
     /// The child's process id.
@@ -67,12 +100,29 @@ impl Running {
         }
     }
 
-    /// The child's memory.
+    /// The memory of the child and its own children together.
     ///
     /// # Errors
     /// When `/proc` does not tell.
     pub fn memory(&self) -> Result<Memory> {
-        Memory::of(self.pid())
+        let memories = self.processes()?.into_iter().filter_map(|pid| Memory::of(pid).transpose());
+        memories.sum()
+    }
+
+    /// The processes of the program: itself, its children, and theirs.
+    ///
+    /// # Errors
+    /// When `/proc` does not tell.
+    pub fn processes(&self) -> Result<Vec<u32>> {
+        let mut found = if self.is_family { children(self.pid())? } else { vec![self.pid()] };
+        let mut next = 0;
+        while let Some(pid) = found.get(next) {
+            ensure!(found.len() < PROCESSES_MAX, "{} has too many processes", self.name);
+            found.extend(children(*pid)?);
+            next += 1;
+        }
+        ensure!(!found.is_empty(), "{} is gone", self.name);
+        Ok(found)
     }
 
     /// Whether the child has any eBPF program or map open.
@@ -94,9 +144,12 @@ impl Running {
         if self.child.try_wait().context("look at a child")?.is_some() {
             return Ok(());
         }
-        let pid = Pid::from_child(&self.child);
-        let exit = pidfd_open(pid, PidfdFlags::empty()).context("watch a child")?;
-        kill_process(pid, Signal::TERM).context("end a child")?;
+        let child = Pid::from_child(&self.child);
+        let exit = pidfd_open(child, PidfdFlags::empty()).context("watch a child")?;
+        // `unshare` ignores SIGTERM while it waits for the program, and ends once all of its namespace has.
+        let program = if self.is_family { children(self.pid())?.first().copied() } else { None };
+        let program = program.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)).unwrap_or(child);
+        kill_process(program, Signal::TERM).context("end a child")?;
         if !readable_within(&exit, END_WITHIN)? {
             self.child.kill().context("kill a child")?;
         }
@@ -113,8 +166,21 @@ impl Drop for Running {
     }
 }
 
-/// A process's share of the machine's memory.
-#[derive(Debug, Clone, Copy)]
+/// The children of `pid`; none when it is gone.
+fn children(pid: u32) -> Result<Vec<u32>> {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return Ok(Vec::new()) };
+    let mut found = Vec::new();
+    for thread in threads.filter_map(Result::ok) {
+        let text = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        for child in text.split_whitespace() {
+            found.push(child.parse().context("read a child's process id")?);
+        }
+    }
+    Ok(found)
+}
+
+/// Processes' share of the machine's memory.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Memory {
     /// Proportional set size in bytes: shared pages count in part.
     pub pss_bytes: u64,
@@ -123,9 +189,16 @@ pub struct Memory {
 }
 
 impl Memory {
-    fn of(pid: u32) -> Result<Self> {
+    /// None when the process has ended.
+    fn of(pid: u32) -> Result<Option<Self>> {
         let path = format!("/proc/{pid}/smaps_rollup");
-        let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(err) if [Some(Errno::NOENT), Some(Errno::SRCH)].contains(&Errno::from_io_error(&err)) => {
+                return Ok(None);
+            }
+            Err(err) => return Err(err).with_context(|| format!("read {path}")),
+        };
         let bytes = |field: &str| -> Result<u64> {
             let line = text
                 .lines()
@@ -135,7 +208,16 @@ impl Memory {
                 line.trim().trim_end_matches(" kB").parse::<u64>().context("read a field of smaps_rollup")?;
             Ok(kib * 1024)
         };
-        Ok(Self { pss_bytes: bytes("Pss:")?, rss_bytes: bytes("Rss:")? })
+        Ok(Some(Self { pss_bytes: bytes("Pss:")?, rss_bytes: bytes("Rss:")? }))
+    }
+}
+
+impl std::iter::Sum<Self> for Memory {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self {
+            pss_bytes: sum.pss_bytes + one.pss_bytes,
+            rss_bytes: sum.rss_bytes + one.rss_bytes,
+        })
     }
 }
 
@@ -162,6 +244,29 @@ pub fn socket_activated(program: impl AsRef<OsStr>, listener: TcpListener) -> Co
     command
 }
 
+/// As [`command`], for a program that forks: it gets a PID namespace of its own.
+#[must_use]
+pub fn family(program: impl AsRef<OsStr>) -> Command {
+    let mut command = command("unshare");
+    command.args(family_options()).arg(program);
+    command
+}
+
+/// As [`socket_activated`], for a program that forks: it gets a PID namespace of its own. It does not get to know
+/// its own process id as `LISTEN_PID`.
+#[must_use]
+pub fn socket_activated_family(program: impl AsRef<OsStr>, listener: TcpListener) -> Command {
+    let mut command = socket_activated("unshare", listener);
+    command.args(family_options()).arg(program);
+    command
+}
+
+/// Only root may make a PID namespace that is not in a user namespace of its own.
+fn family_options() -> impl Iterator<Item = &'static str> {
+    let user: &[_] = if rustix::process::geteuid().is_root() { &[] } else { &["--user", "--map-root-user"] };
+    user.iter().copied().chain(["--pid", "--fork", "--kill-child=KILL", "--"])
+}
+
 /// Gives `command` an environment that is the same for everybody: none of a service manager's variables and none of
 /// drowse's own options, no stdin and no stdout.
 pub fn plain(command: &mut Command) {
@@ -184,7 +289,7 @@ pub fn readable_within(fd: &impl AsFd, timeout: Duration) -> Result<bool> {
         let left = Timespec::try_from(left).context("a timeout is too long")?;
         match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left)) {
             Ok(ready) => return Ok(ready > 0),
-            Err(rustix::io::Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             Err(err) => return Err(err).context("wait for an event"),
         }
     }

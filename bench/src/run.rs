@@ -10,8 +10,8 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::bars::Bars;
 use crate::cases::{self, Setting, Sizes};
 use crate::cpus::{Layout, bind_this_thread};
-use crate::isolation::{self, Network};
-use crate::peers::{Direct, Drowse, Peer, Plane, SocketProxyd, Wanted};
+use crate::isolation::{self, Network, Remote};
+use crate::peers::{Direct, Drowse, Haproxy, Nginx, Peer, Plane, Socat, SocketProxyd, Wanted};
 use crate::report::{Machine, PeerFacts, Report, SCHEMA, markdown};
 use crate::wire::Pattern;
 
@@ -28,6 +28,12 @@ pub enum PeerName {
     Direct,
     /// systemd's own proxy.
     SystemdSocketProxyd,
+    /// The proxy `haproxy` in TCP mode with splice.
+    Haproxy,
+    /// nginx as a stream proxy.
+    Nginx,
+    /// socat, a process for each flow.
+    Socat,
 }
 
 /// Arguments of a run.
@@ -46,7 +52,12 @@ pub struct RunArgs {
     #[arg(long)]
     pub no_drowse: bool,
     /// What to measure beside drowse.
-    #[arg(long, value_name = "PEER", value_delimiter = ',', default_values = ["direct", "systemd-socket-proxyd"])]
+    #[arg(
+        long,
+        value_name = "PEER",
+        value_delimiter = ',',
+        default_values = ["direct", "systemd-socket-proxyd", "haproxy", "nginx", "socat"]
+    )]
     pub peers: Vec<PeerName>,
     /// Interleaved rounds of each case [default: 5, 1 with --quick].
     #[arg(long)]
@@ -120,6 +131,9 @@ fn setting(args: &RunArgs) -> Result<Setting> {
         peers.push(match name {
             PeerName::Direct => Box::new(Direct),
             PeerName::SystemdSocketProxyd => Box::new(SocketProxyd { program: socket_proxyd()? }),
+            PeerName::Haproxy => Box::new(Haproxy),
+            PeerName::Nginx => Box::new(Nginx),
+            PeerName::Socat => Box::new(Socat),
         });
     }
     let drowse = if args.no_drowse { None } else { Some(drowse(args, &this_program)?) };
@@ -133,9 +147,21 @@ fn setting(args: &RunArgs) -> Result<Setting> {
         peers,
         drowse,
         may_load_ebpf: args.isolated == Some(Network::Namespace),
+        remote: remote(args.isolated.unwrap_or(Network::Host)),
         this_program,
         pattern: Pattern::default(),
     })
+}
+
+/// Where a remote client is, if that can be made.
+fn remote(network: Network) -> Option<Remote> {
+    match Remote::new(network) {
+        Ok(remote) => Some(remote),
+        Err(err) => {
+            eprintln!("no case has a remote client: {err:#}");
+            None
+        }
+    }
 }
 
 fn socket_proxyd() -> Result<PathBuf> {
@@ -157,7 +183,12 @@ fn drowse(args: &RunArgs, this_program: &Path) -> Result<PathBuf> {
 }
 
 fn facts(setting: &Setting) -> Result<Vec<PeerFacts>> {
-    let wanted = Wanted { backend: ([127, 0, 0, 1], 80).into(), flows: 1, layout: &setting.layout };
+    let wanted = Wanted {
+        backend: ([127, 0, 0, 1], 80).into(),
+        listen: [127, 0, 0, 1].into(),
+        flows: 1,
+        layout: &setting.layout,
+    };
     let fact = |peer: &dyn Peer| {
         let mut command_line = peer.command_line(&wanted);
         if let Some(program) = command_line.first_mut() {
@@ -202,7 +233,7 @@ fn output_directory(args: &RunArgs) -> Result<PathBuf> {
         && !args.no_drowse
         && args.only.is_empty()
         && args.planes.len() >= 2
-        && args.peers.len() >= 2;
+        && args.peers.len() >= 5;
     if whole {
         return Ok(Path::new(env!("CARGO_MANIFEST_DIR")).join("results"));
     }

@@ -1,6 +1,6 @@
 //! `cargo xtask install`: what building and testing need beyond Rust itself, as far as it is missing.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, bail};
@@ -22,6 +22,16 @@ const PACKAGES: [(&str, &str); 10] = [
     ("libc6-dev", "/usr/include/stdio.h"),
 ];
 
+/// The peers of `cargo xtask bench`: name there, Debian package, and a program or file that shows whether it is there.
+const PEERS: [(&str, &str, &str); 4] = [
+    ("haproxy", "haproxy", "haproxy"),
+    ("nginx", "nginx", "nginx"),
+    ("nginx", "libnginx-mod-stream", "/usr/lib/nginx/modules/ngx_stream_module.so"),
+    ("socat", "socat", "socat"),
+];
+/// Services that come with them. We need the programs only.
+const PEER_SERVICES: [&str; 2] = ["haproxy.service", "nginx.service"];
+
 /// Tools from crates.io: package, version, program.
 const CARGO_TOOLS: [(&str, &str, &str); 2] =
     [("cargo-nextest", "0.9.143", "cargo-nextest"), ("cargo-deny", "0.20.2", "cargo-deny")];
@@ -39,6 +49,7 @@ pub fn run() -> anyhow::Result<()> {
             packages.join(" ")
         );
     }
+    peers(|_| true)?;
     for (package, version, program) in CARGO_TOOLS {
         if process::find(program).is_some() {
             say(&format!("{package} is there"));
@@ -49,6 +60,39 @@ pub fn run() -> anyhow::Result<()> {
         process::run(install.args(["install", package, "--version", version, "--locked"]))?;
     }
     Ok(())
+}
+
+/// Installs the peers that are `wanted` by name and missing, without their services. Who may not is told of it: the
+/// benchmark leaves out what is not there.
+pub fn peers(wanted: impl Fn(&str) -> bool) -> anyhow::Result<()> {
+    let missing = PEERS.iter().filter(|(peer, _, program)| wanted(peer) && process::find(program).is_none());
+    let packages: Vec<_> = missing.map(|&(_, package, _)| package).collect();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    if !can_install() {
+        let packages = packages.join(" ");
+        say(&format!("some peers are missing; on Debian, as root: `apt-get install {packages}`"));
+        return Ok(());
+    }
+    let comes_now = |service: &&str| packages.iter().any(|package| service.starts_with(package));
+    let services: Vec<&str> = PEER_SERVICES.into_iter().filter(comes_now).collect();
+    if services.is_empty() {
+        return debian_packages(&packages);
+    }
+    let systemctl =
+        |verb: &[&str]| process::run(Command::new("systemctl").args(verb).arg("--quiet").args(&services));
+    // A masked service is not started when it is installed: nginx would take port 80.
+    let has_systemd = Path::new("/run/systemd/system").exists();
+    if has_systemd {
+        systemctl(&["mask", "--runtime"])?;
+    }
+    let installed = debian_packages(&packages);
+    if has_systemd {
+        systemctl(&["unmask", "--runtime"])?;
+    }
+    installed?;
+    systemctl(&["disable"])
 }
 
 /// The program of a Debian package, which is installed if it is missing and we may.

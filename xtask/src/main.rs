@@ -30,7 +30,7 @@ enum Task {
     Test(test::TestArgs),
     /// Check formatting, lints and licences
     Lint,
-    /// Compare drowse with a direct connection and with systemd-socket-proxyd
+    /// Compare drowse with a direct connection and with other proxies
     Bench(bench::BenchArgs),
     /// Build the eBPF object, which the next `cargo build` of drowse embeds
     BuildEbpf,

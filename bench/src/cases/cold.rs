@@ -113,6 +113,7 @@ fn measure(setting: &Setting, drowse: &Path, ebpf: Ebpf, delay: Duration) -> Res
             ("connect_to_listen_ms", part(|request| request.until_listening)?),
             ("listen_to_answer_ms", part(|request| request.after_listening)?),
         ],
+        work: None,
     })
 }
 

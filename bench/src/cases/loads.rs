@@ -7,7 +7,7 @@
 use anyhow::Result;
 use hdrhistogram::Histogram;
 
-use crate::cases::{Case, Contestant, Sample, Setting, Sizes};
+use crate::cases::{Case, Contestant, Sample, Setting, Sizes, Work};
 use crate::client::bulk::{BulkLoad, Direction};
 use crate::client::closed::RequestLoad;
 use crate::client::fresh::FreshLoad;
@@ -46,6 +46,15 @@ impl LoadCase {
         self.at(setting, |peer, flows, measure| setting.with_peer(peer, flows, measure))
     }
 
+    /// The case with the client on another machine, as far as one machine can have it: over a pair of network devices,
+    /// whose packets have an Ethernet's size and go through queues. That is where planes differ that skip part of the
+    /// network stack.
+    #[must_use]
+    pub fn from_another_machine(mut self, setting: &Setting) -> Case<'_> {
+        self.name.insert_str(0, "remote/");
+        self.at(setting, |peer, flows, measure| setting.with_remote_client(peer, flows, measure))
+    }
+
     /// The case with the client wherever `place` has it measure: `place` starts the peer for so many flows, and calls
     /// what it is given.
     pub fn at<'a>(
@@ -56,7 +65,14 @@ impl LoadCase {
         + 'a,
     ) -> Case<'a> {
         let (load, sample, pattern) = (self.load, self.sample, &setting.pattern);
-        let measure = move |started: &Started| Ok(sample(load.run(started.address, pattern)?));
+        let measure = move |started: &Started| {
+            let result = load.run(started.address, pattern)?;
+            let work = Some(match load {
+                Load::Bulk(_) => Work::Bytes(result.bytes),
+                Load::Request(_) | Load::Paced(_) | Load::Fresh(_) => Work::Requests(result.requests),
+            });
+            Ok(Sample { work, ..sample(result) })
+        };
         let contestant = |peer: &'a dyn Peer| Contestant {
             peer: peer.name(),
             measure: Box::new(move || place(peer, load.flows(), &measure)),
@@ -96,7 +112,12 @@ fn request(sizes: &Sizes, (name, request_len): (&str, u64), connections: usize) 
         }),
         unit: "requests/s",
         better: Better::Higher,
-        sample: |result| Sample { value: result.per_second, latency: result.latency, details: Vec::new() },
+        sample: |result| Sample {
+            value: result.per_second,
+            latency: result.latency,
+            details: Vec::new(),
+            work: None,
+        },
     }
 }
 
@@ -120,6 +141,7 @@ fn paced(sizes: &Sizes) -> LoadCase {
                 ("client_late_p99_us", p99_us(result.send_delay.as_ref())),
             ],
             latency: result.latency,
+            work: None,
         },
     }
 }
@@ -140,7 +162,12 @@ fn fresh(sizes: &Sizes) -> LoadCase {
         }),
         unit: "requests/s",
         better: Better::Higher,
-        sample: |result| Sample { value: result.per_second, latency: result.latency, details: Vec::new() },
+        sample: |result| Sample {
+            value: result.per_second,
+            latency: result.latency,
+            details: Vec::new(),
+            work: None,
+        },
     }
 }
 
@@ -161,6 +188,7 @@ fn size(sizes: &Sizes, (name, request_len): (&str, u64)) -> LoadCase {
             value: 1e6 / result.per_second,
             latency: result.latency,
             details: Vec::new(),
+            work: None,
         },
     }
 }
@@ -177,6 +205,11 @@ fn bulk(sizes: &Sizes, direction: Direction) -> LoadCase {
         load: Load::Bulk(BulkLoad { direction, bytes: sizes.bulk_bytes }),
         unit: "MiB/s",
         better: Better::Higher,
-        sample: |result| Sample { value: result.per_second / MIB, latency: None, details: Vec::new() },
+        sample: |result| Sample {
+            value: result.per_second / MIB,
+            latency: None,
+            details: Vec::new(),
+            work: None,
+        },
     }
 }

@@ -52,5 +52,5 @@ fn measure(setting: &Setting, started: &Started) -> Result<Sample> {
     slow.finish(&setting.pattern)?;
     let mut details = vec![("beside_per_second", beside.per_second)];
     details.extend(growth);
-    Ok(Sample { value: beside.per_second / alone.per_second, latency: beside.latency, details })
+    Ok(Sample { value: beside.per_second / alone.per_second, latency: beside.latency, details, work: None })
 }

@@ -78,7 +78,12 @@ fn measure(setting: &Setting, drowse: &Path, ebpf: Ebpf) -> Result<Sample> {
     let times = (0..setting.sizes.starts_each)
         .map(|_| Ok(milliseconds(start(setting, drowse, ebpf)?)))
         .collect::<Result<Vec<f64>>>()?;
-    Ok(Sample { value: median(&times).context("no start was made")?, latency: None, details: Vec::new() })
+    Ok(Sample {
+        value: median(&times).context("no start was made")?,
+        latency: None,
+        details: Vec::new(),
+        work: None,
+    })
 }
 
 fn start(setting: &Setting, drowse: &Path, ebpf: Ebpf) -> Result<Duration> {
