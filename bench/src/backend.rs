@@ -12,11 +12,17 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::io::Errno;
+use rustix::net::sockopt::set_tcp_nodelay;
+use rustix::net::{SocketFlags, accept_with};
 
 use crate::wire::{CHUNK_LEN, COMMAND_LEN, Command, Pattern, Receipt, Stamp};
 
 /// A bulk transfer that moves nothing for this long has failed.
 const STALL_MAX: Duration = Duration::from_secs(10);
+
+/// Connections accepted before others get their turn.
+const ACCEPTED_AT_ONCE_MAX: usize = 64;
 
 /// Arguments of the backend.
 #[derive(Debug, Clone, clap::Args)]
@@ -86,6 +92,8 @@ struct Backend {
 impl Backend {
     fn new(listener: TcpListener, stamp: Stamp) -> Result<Self> {
         listener.set_nonblocking(true).context("make the listener non-blocking")?;
+        // Accepted sockets inherit it.
+        set_tcp_nodelay(&listener, true).context("set TCP_NODELAY")?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).context("create an epoll instance")?;
         epoll::add(&epoll, &listener, token(&listener)?, EventFlags::IN).context("watch the listener")?;
         let pattern = Arc::new(Pattern::default());
@@ -98,12 +106,12 @@ impl Backend {
         loop {
             events.clear();
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) | Err(Errno::INTR) => {}
                 Err(err) => return Err(err).context("wait for events"),
             }
             for event in &events {
                 if event.data.u64() == listener_token.u64() {
-                    self.accept()?;
+                    self.accept_all()?;
                 } else {
                     self.advance(event.data)?;
                 }
@@ -111,16 +119,19 @@ impl Backend {
         }
     }
 
-    fn accept(&mut self) -> Result<()> {
-        let stream = match self.listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(err) if matches!(err.kind(), ErrorKind::WouldBlock | ErrorKind::ConnectionAborted) => {
-                return Ok(());
+    fn accept_all(&mut self) -> Result<()> {
+        for _ in 0..ACCEPTED_AT_ONCE_MAX {
+            match accept_with(&self.listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
+                Ok(socket) => self.add(TcpStream::from(socket))?,
+                Err(Errno::AGAIN) => break,
+                Err(Errno::CONNABORTED | Errno::INTR) => {}
+                Err(err) => return Err(err).context("accept a connection"),
             }
-            Err(err) => return Err(err).context("accept a connection"),
-        };
-        stream.set_nonblocking(true).context("make a connection non-blocking")?;
-        stream.set_nodelay(true).context("set TCP_NODELAY")?;
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, stream: TcpStream) -> Result<()> {
         let token = token(&stream)?;
         epoll::add(&self.epoll, &stream, token, EventFlags::IN).context("watch a connection")?;
         let index = usize::try_from(token.u64()).context("index a connection")?;
@@ -183,7 +194,14 @@ impl Connection {
                 }
                 got.extend_from_slice(read);
                 let Ok(bytes) = <[u8; COMMAND_LEN]>::try_from(got.as_slice()) else { return Ok(Next::Keep) };
-                Ok(self.obey(Command::decode(bytes)?, stamp))
+                let next = self.obey(Command::decode(bytes)?, stamp);
+                // The first request often comes with the command.
+                if let (Next::Keep, Phase::Echo(kept)) = (&next, &self.phase)
+                    && kept.is_empty()
+                {
+                    return self.advance(buffer, stamp);
+                }
+                Ok(next)
             }
             Phase::Echo(kept) if !kept.is_empty() => {
                 let written = write_some(&mut self.stream, kept)?;

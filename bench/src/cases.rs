@@ -23,11 +23,10 @@ use crate::report::{Better, Latency, Measurement};
 use crate::stats::Summary;
 use crate::wire::Pattern;
 
-pub mod bulk;
 pub mod cold;
 pub mod idle_flows;
-pub mod remote;
-pub mod request;
+pub mod loads;
+pub mod slow_reader;
 pub mod startup;
 
 /// A backend that takes longer than this beyond its own delay has failed.
@@ -42,6 +41,8 @@ pub struct Sizes {
     pub measured_time: Duration,
     /// Bytes of a bulk transfer, in each direction.
     pub bulk_bytes: u64,
+    /// Bytes that a client asks for and does not read for a while: more than the sockets on the way hold.
+    pub slow_bytes: u64,
     /// Idle flows.
     pub idle_flows: usize,
     /// How long they are idle while the proxy's wake-ups are counted.
@@ -53,18 +54,20 @@ pub struct Sizes {
 impl Sizes {
     /// For figures.
     pub const FULL: Self = Self {
-        warm_up_time: Duration::from_millis(300),
-        measured_time: Duration::from_millis(1500),
-        bulk_bytes: 2 << 30,
+        warm_up_time: Duration::from_millis(150),
+        measured_time: Duration::from_millis(800),
+        bulk_bytes: 1 << 30,
+        slow_bytes: 64 << 20,
         idle_flows: 9_000,
         idle_time: Duration::from_secs(2),
         starts_each: 5,
     };
     /// For a smoke test.
     pub const QUICK: Self = Self {
-        warm_up_time: Duration::from_millis(50),
-        measured_time: Duration::from_millis(200),
+        warm_up_time: Duration::from_millis(20),
+        measured_time: Duration::from_millis(100),
         bulk_bytes: 32 << 20,
+        slow_bytes: 32 << 20,
         idle_flows: 300,
         idle_time: Duration::from_millis(200),
         starts_each: 1,
@@ -141,9 +144,11 @@ pub struct Case<'a> {
 /// All cases that this setting allows.
 #[must_use]
 pub fn all(setting: &Setting) -> Vec<Case<'_>> {
-    let mut cases = request::cases(setting);
-    cases.extend(bulk::cases(setting));
-    cases.extend(remote::cases(setting));
+    let loads = loads::all(&setting.sizes);
+    let mut cases: Vec<Case<'_>> = loads.map(|load| load.on_loopback(setting)).collect();
+    let remote = loads::remote(&setting.sizes);
+    cases.extend(remote.into_iter().map(|load| load.from_another_machine(setting)));
+    cases.push(slow_reader::case(setting));
     cases.push(idle_flows::case(setting));
     cases.extend(cold::cases(setting));
     cases.extend(startup::case(setting));

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use drowse_bench::backend::{self, BackendArgs};
+use drowse_bench::client::load::{self, LoadArgs};
 use drowse_bench::run::{self, RunArgs};
 
 /// Compares drowse with a direct connection and with what people would otherwise use.
@@ -22,12 +23,16 @@ struct Arguments {
 enum Other {
     /// The backend of the measurements, also useful by itself.
     Backend(BackendArgs),
+    /// One load of a client in a process of its own.
+    #[command(hide = true)]
+    Load(LoadArgs),
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let outcome = match &arguments.other {
         Some(Other::Backend(args)) => backend::run(args),
+        Some(Other::Load(args)) => load::run(args, print),
         None => run::run(&arguments.run, print),
     };
     match outcome {

@@ -10,7 +10,9 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use drowse_bench::cases::Backend;
-use drowse_bench::client::{self, Direction, RequestLoad};
+use drowse_bench::client;
+use drowse_bench::client::bulk::{BulkLoad, Direction};
+use drowse_bench::client::closed::RequestLoad;
 use drowse_bench::costs::{Counters, Work};
 use drowse_bench::cpus::Layout;
 use drowse_bench::peers::{Haproxy, Nginx, Peer, Socat, SocketProxyd, Wanted};
@@ -46,12 +48,12 @@ fn forwards(peer: &dyn Peer) {
     let counters = || Counters::now(started.process.as_ref(), peer.has_process_for_each_flow()).unwrap();
     let before = counters();
     for direction in [Direction::Up, Direction::Down, Direction::Both] {
-        client::bulk(address, &pattern, direction, BULK_BYTES).unwrap();
+        BulkLoad { direction, bytes: BULK_BYTES }.run(address, &pattern).unwrap();
     }
     let (warm_up_time, measured_time) = (Duration::ZERO, Duration::from_millis(100));
     let load = RequestLoad { connections: 40, request_len: 64, warm_up_time, measured_time };
     let rate = load.run(address, &pattern).unwrap();
-    assert!(rate.requests >= rate.latency.len());
+    assert!(rate.requests >= rate.latency.unwrap().len());
     let costs = counters().costs_since(&before, Work::Requests(rate.requests));
     let cost = |name| costs.iter().find(|(cost, _)| *cost == name).map(|(_, value)| *value);
     assert!(cost("machine_cpu_s_per_100k").unwrap() > 0.0, "{costs:?}");
