@@ -4,14 +4,14 @@
 //! writes a cache line of its own; readers add the lines up.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 
 use crate::clock::{Monotonic, as_nanos};
 
-/// The counters of one worker. Only that worker writes; anybody reads.
+/// The counters of one worker, which alone writes them, but for `flows_opened`; anybody reads.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct Counters {
@@ -25,13 +25,7 @@ pub struct Counters {
 impl Counters {
     /// A flow was taken over by this worker at `now`.
     pub fn opened(&self, now: Monotonic) {
-        self.flows_opened.fetch_add(1, Relaxed);
-        self.touch(now);
-    }
-
-    /// A flow of this worker ended at `now`.
-    pub fn closed(&self, now: Monotonic) {
-        self.flows_closed.fetch_add(1, Relaxed);
+        self.flows_opened.fetch_add(1, SeqCst);
         self.touch(now);
     }
 
@@ -56,8 +50,10 @@ impl Counters {
 #[derive(Debug)]
 pub struct Accounting {
     workers: Vec<Counters>,
-    /// Wakes the event loop after one or more flows closed.
-    pub flows_closed: Notify,
+    /// The event loop is woken when a flow closes and at most so many are left. Waking it for each costs a switch of
+    /// threads per connection.
+    wake_at: AtomicU64,
+    flows_closed: Notify,
 }
 
 /// The counters of a service, added up at one moment.
@@ -75,12 +71,23 @@ pub struct Totals {
     pub last_activity: Monotonic,
 }
 
+struct Flows {
+    opened: u64,
+    closed: u64,
+}
+
+impl Flows {
+    fn open(&self) -> u64 {
+        self.opened.saturating_sub(self.closed)
+    }
+}
+
 impl Accounting {
     /// Counters for `workers` forwarding workers.
     #[must_use]
     pub fn new(workers: usize) -> Arc<Self> {
         let workers = std::iter::repeat_with(Counters::default).take(workers.max(1)).collect();
-        Arc::new(Self { workers, flows_closed: Notify::new() })
+        Arc::new(Self { workers, wake_at: AtomicU64::new(0), flows_closed: Notify::new() })
     }
 
     /// The counters of worker `index`, if there is such a worker.
@@ -89,18 +96,49 @@ impl Accounting {
         self.workers.get(index)
     }
 
-    /// All workers' counters, added up. Closed flows are read first, so that an open flow is never missed.
+    /// A flow of worker `index` ended at `now`.
+    pub fn closed(&self, index: usize, now: Monotonic) {
+        if let Some(counters) = self.worker(index) {
+            counters.touch(now);
+            counters.flows_closed.fetch_add(1, SeqCst);
+        }
+        if self.flows().open() <= self.wake_at.load(SeqCst) {
+            self.flows_closed.notify_one();
+        }
+    }
+
+    /// From now on [`Accounting::few_open`] wakes when at most `flows` are left open. Counters that are read after
+    /// this call and show more will be followed by a wake-up.
+    pub fn wake_at(&self, flows: u64) {
+        self.wake_at.store(flows, SeqCst);
+    }
+
+    /// Waits for a flow to close that leaves at most so many open as [`Accounting::wake_at`] says.
+    pub async fn few_open(&self) {
+        self.flows_closed.notified().await;
+    }
+
+    /// Closed flows are read first, so that an open flow is never missed. All in one order with `wake_at`: of two
+    /// workers that close the last two flows at once, one sees that none is left.
+    fn flows(&self) -> Flows {
+        let sum = |field: fn(&Counters) -> &AtomicU64| -> u64 {
+            self.workers.iter().map(|counters| field(counters).load(SeqCst)).sum()
+        };
+        let closed = sum(|counters| &counters.flows_closed);
+        Flows { opened: sum(|counters| &counters.flows_opened), closed }
+    }
+
+    /// All workers' counters, added up.
     #[must_use]
     pub fn totals(&self) -> Totals {
         let sum = |field: fn(&Counters) -> &AtomicU64| -> u64 {
             self.workers.iter().map(|counters| field(counters).load(Relaxed)).sum()
         };
-        let closed = sum(|counters| &counters.flows_closed);
-        let flows_total = sum(|counters| &counters.flows_opened);
+        let flows = self.flows();
         let last = self.workers.iter().map(|counters| counters.last_activity_ns.load(Relaxed)).max();
         Totals {
-            flows_total,
-            flows_open: flows_total.saturating_sub(closed),
+            flows_total: flows.opened,
+            flows_open: flows.open(),
             bytes_to_backend: sum(|counters| &counters.bytes_to_backend),
             bytes_to_client: sum(|counters| &counters.bytes_to_client),
             last_activity: Duration::from_nanos(last.unwrap_or(0)),

@@ -98,7 +98,7 @@ enum Woken {
     Changed(Change),
     HookLoaded(Box<anyhow::Result<ListenHook>>),
     Listened,
-    FlowsClosed,
+    FewFlowsOpen,
     Deadline,
     WatchdogDue,
     ReloadAsked,
@@ -216,11 +216,15 @@ impl EventLoop {
     /// clients' own progress before new clients.
     async fn next(&mut self) -> Woken {
         let now = clock::now();
+        // The end of the last flow is always news; at the limit the end of any that makes room.
+        let held = self.lifecycle.held();
+        let at_limit = held + self.accounting.totals().flows_open >= self.connections_max;
+        self.accounting.wake_at(if at_limit { self.connections_max.saturating_sub(held + 1) } else { 0 });
         let totals = self.accounting.totals();
         // An exit that waits for the seal is due already, and asking again before helps nobody.
         let decision = self.lifecycle.deadline(&totals, now).max(self.sealed_until);
         let deadline = [decision, self.status_due].into_iter().flatten().min();
-        let has_room = self.lifecycle.held() + totals.flows_open < self.connections_max;
+        let has_room = held + totals.flows_open < self.connections_max;
         tokio::select! {
             biased;
             name = asked_to_stop(&mut self.terminate, &mut self.interrupt) => Woken::Terminated(name),
@@ -236,7 +240,7 @@ impl EventLoop {
             () = sleep_until(deadline, now) => Woken::Deadline,
             woken = self.hook.next() => woken,
             Some(outcome) = self.clients.next(), if !self.clients.is_empty() => Woken::Client(outcome),
-            () = self.accounting.flows_closed.notified() => Woken::FlowsClosed,
+            () = self.accounting.few_open() => Woken::FewFlowsOpen,
             client = accepted(self.listeners.as_mut()), if has_room => Woken::Accepted(client),
         }
     }
@@ -287,7 +291,7 @@ impl EventLoop {
                 self.hints.nudge();
                 vec![]
             }
-            Woken::FlowsClosed | Woken::Deadline => vec![Event::Tick],
+            Woken::FewFlowsOpen | Woken::Deadline => vec![Event::Tick],
             Woken::WatchdogDue => {
                 self.notifier.alive();
                 vec![]

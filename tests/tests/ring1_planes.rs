@@ -162,7 +162,7 @@ impl Bed {
         runtime.block_on(async move {
             let closed = async {
                 while accounting.totals().flows_open > 0 {
-                    accounting.flows_closed.notified().await;
+                    accounting.few_open().await;
                 }
             };
             let patience = tokio::time::timeout(PATIENCE, closed).await;

@@ -48,10 +48,7 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         self.load.fetch_sub(1, Relaxed);
-        if let Some(counters) = self.counters() {
-            counters.closed(clock::now());
-        }
-        self.accounting.flows_closed.notify_one();
+        self.accounting.closed(self.worker, clock::now());
     }
 }
 
