@@ -15,7 +15,7 @@ const PACKAGES: [(&str, &str); 10] = [
     ("dbus", "dbus-daemon"),
     ("dbus-user-session", "/usr/lib/systemd/user/dbus.socket"),
     ("iproute2", "ip"),
-    ("python3", "python3"),
+    ("python3", "/usr/bin/python3"),
     ("systemd", "systemctl"),
     ("util-linux", "setpriv"),
     ("gcc", "cc"),
