@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use rustix::process::{Pid, Rlimit, kill_process_group};
+use rustix::process::Rlimit;
 use socket2::Socket;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
@@ -23,6 +23,7 @@ use crate::activation::exec::ExecDriver;
 use crate::activation::systemd::{Bus, SystemdDriver};
 use crate::activation::{BackendState, Change, Driver, Failure};
 use crate::address;
+use crate::busy;
 use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, ReadyProbe, RunArgs, Switch};
 use crate::lifecycle::{Command, Event, Lifecycle, Ownership, State};
@@ -35,8 +36,6 @@ use crate::readiness::{self, Hints};
 use crate::report::notify::{self, Notifier};
 use crate::report::status_line::status_line;
 
-/// How long the busy command may run; one that does not answer counts as busy.
-const BUSY_COMMAND_TIME: Duration = Duration::from_secs(30);
 /// What the service manager's own stop timeout may take beyond ours.
 const STOP_MARGIN: Duration = Duration::from_secs(15);
 
@@ -418,7 +417,7 @@ impl EventLoop {
             Command::ResetFlows => self.plane.reset_all(),
             Command::BackendGone => self.plane.backend_gone(),
             Command::CloseSilent => self.plane.close_silent(self.run.idle_time),
-            Command::LookAgain => self.look = Some(Box::pin(is_busy(self.run.busy_command.clone()))),
+            Command::LookAgain => self.look = Some(Box::pin(busy::is_busy(self.run.busy_command.clone()))),
             Command::Report(failure) => self.report(&failure),
             Command::StopAccepting => self.stop_accepting(),
             Command::Exit => self.leave(),
@@ -645,55 +644,6 @@ fn occupied_failure(address: &str) -> Failure {
             "another process already listens on the backend's address {address}; find it with: ss -ltnp sport = :{port}"
         ),
     )
-}
-
-/// Asks the busy command. Whatever is no clear "not busy" is busy: a check that fails must not stop a service.
-async fn is_busy(command: Option<String>) -> bool {
-    let Some(command) = command else { return false };
-    let mut shell = tokio::process::Command::new("/bin/sh");
-    shell.arg("-c").arg(&command).stdin(std::process::Stdio::null()).kill_on_drop(true).process_group(0);
-    let answer = async {
-        let mut child = shell.spawn()?;
-        let group = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
-        let unanswered = KillOnDrop(group);
-        let status = child.wait().await;
-        // It may leave a process behind on purpose once it has answered.
-        unanswered.answered();
-        status
-    };
-    match tokio::time::timeout(BUSY_COMMAND_TIME, answer).await {
-        Ok(Ok(status)) if status.code() == Some(1) => false,
-        Ok(Ok(status)) if status.success() => true,
-        Ok(Ok(status)) => {
-            warn!("busy command '{command}' ended with {status}: counts as busy (0 is busy, 1 is not)");
-            true
-        }
-        Ok(Err(error)) => {
-            warn!("busy command '{command}' cannot be run: {error}: counts as busy");
-            true
-        }
-        Err(_elapsed) => {
-            warn!("busy command '{command}' took longer than {BUSY_COMMAND_TIME:?}: counts as busy");
-            true
-        }
-    }
-}
-
-/// Ends a process group that nobody waits for any more.
-struct KillOnDrop(Option<Pid>);
-
-impl KillOnDrop {
-    fn answered(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for KillOnDrop {
-    fn drop(&mut self) {
-        if let Some(group) = self.0 {
-            let _gone_already = kill_process_group(group, rustix::process::Signal::KILL);
-        }
-    }
 }
 
 async fn asked_to_stop(terminate: &mut Signal, interrupt: &mut Signal) -> &'static str {

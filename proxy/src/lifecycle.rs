@@ -338,12 +338,7 @@ impl Lifecycle {
         match event {
             Event::ClientAccepted | Event::ClientRefused => self.wake(todo, now),
             Event::BackendUp => self.enter(State::Awake, now),
-            Event::BackendGoingDown => {
-                self.enter(
-                    State::Stopping(Stopping::Foreign(now.saturating_add(self.rules.stop_timeout))),
-                    now,
-                );
-            }
+            Event::BackendGoingDown => self.wait_for_stop(now),
             Event::ClientLeft
             | Event::ClientPaired
             | Event::Started(_)
@@ -423,12 +418,7 @@ impl Lifecycle {
             Event::Started(Err(failure)) => self.crash(failure, todo, now),
             Event::BackendDown(Some(failure)) if !self.starting => self.crash(failure, todo, now),
             Event::BackendDown(None) if !self.starting => self.gone(todo, now),
-            Event::BackendGoingDown => {
-                self.enter(
-                    State::Stopping(Stopping::Foreign(now.saturating_add(self.rules.stop_timeout))),
-                    now,
-                );
-            }
+            Event::BackendGoingDown => self.wait_for_stop(now),
             Event::BackendDown(_)
             | Event::Started(Ok(()))
             | Event::ClientAccepted
@@ -561,6 +551,12 @@ impl Lifecycle {
         self.starting = false;
         self.enter(State::Stopping(stopping), now);
         todo.push(Command::StopBackend);
+    }
+
+    /// Somebody else stops the backend.
+    fn wait_for_stop(&mut self, now: Monotonic) {
+        let deadline = now.saturating_add(self.rules.stop_timeout);
+        self.enter(State::Stopping(Stopping::Foreign(deadline)), now);
     }
 
     /// The backend ended cleanly.

@@ -29,6 +29,14 @@ fn is_alive(pid: i32) -> bool {
     test_kill_process(Pid::from_raw(pid).unwrap()).is_ok()
 }
 
+/// SIGKILL for the one child of drowse.
+fn kill_the_backend(drowse: &Drowse) -> Result<()> {
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", drowse.id()))?;
+    let child: i32 = children.trim().parse().context("one child")?;
+    rustix::process::kill_process(Pid::from_raw(child).context("a pid")?, Signal::KILL)?;
+    Ok(())
+}
+
 #[test]
 fn a_backend_wakes_serves_sleeps_and_wakes_again() -> Result<()> {
     let mut drowse = run(&["--idle-time", "100ms"], &[])?;
@@ -274,9 +282,7 @@ fn a_killed_backend_is_woken_again_by_the_next_client() -> Result<()> {
     let mut drowse = run(&[], &[])?;
     let mut client = connect()?;
     echo(&mut client, b"a")?;
-    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", drowse.id()))?;
-    let child: i32 = children.trim().parse().context("one child")?;
-    rustix::process::kill_process(Pid::from_raw(child).context("a pid")?, Signal::KILL)?;
+    kill_the_backend(&drowse)?;
     let end = client.read(&mut [0]);
     ensure!(matches!(end, Ok(0)) || end.is_err(), "the flow outlived its backend");
     drowse.wait_for_line("was ended by signal 9")?;
@@ -421,9 +427,7 @@ fn a_client_that_outlives_a_dead_backend_keeps_nothing_awake() -> Result<()> {
     let mut drowse = run(&["--idle-time", "100ms"], &[])?;
     let mut client = connect()?;
     echo(&mut client, b"a")?;
-    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", drowse.id()))?;
-    let child: i32 = children.trim().parse().context("one child")?;
-    rustix::process::kill_process(Pid::from_raw(child).context("a pid")?, Signal::KILL)?;
+    kill_the_backend(&drowse)?;
     ensure!(client.read(&mut [0])? == 0, "the backend had nothing unread, so its end is a FIN");
     drowse.wait_for_line("was ended by signal 9")?;
     // The first client never closes its half.

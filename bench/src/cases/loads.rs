@@ -112,12 +112,7 @@ fn request(sizes: &Sizes, (name, request_len): (&str, u64), connections: usize) 
         }),
         unit: "requests/s",
         better: Better::Higher,
-        sample: |result| Sample {
-            value: result.per_second,
-            latency: result.latency,
-            details: Vec::new(),
-            work: None,
-        },
+        sample: rate,
     }
 }
 
@@ -146,6 +141,11 @@ fn paced(sizes: &Sizes) -> LoadCase {
     }
 }
 
+/// The rate, with the latencies beside it.
+fn rate(result: LoadResult) -> Sample {
+    Sample { value: result.per_second, latency: result.latency, details: Vec::new(), work: None }
+}
+
 fn p99_us(all: Option<&Histogram<u64>>) -> f64 {
     all.map_or(0.0, |all| Latency::of(all).p99_us)
 }
@@ -162,12 +162,7 @@ fn fresh(sizes: &Sizes) -> LoadCase {
         }),
         unit: "requests/s",
         better: Better::Higher,
-        sample: |result| Sample {
-            value: result.per_second,
-            latency: result.latency,
-            details: Vec::new(),
-            work: None,
-        },
+        sample: rate,
     }
 }
 
