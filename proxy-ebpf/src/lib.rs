@@ -7,8 +7,14 @@
 
 /// Names of the eBPF programs, as the object's symbols.
 pub mod program {
-    /// sockops: tells when somebody begins to listen on a watched port.
-    pub const LISTEN_HOOK: &str = "listen_hook";
+    /// sockops: tells when somebody begins to listen on a watched port, and counts the flows that are handed off.
+    pub const OBSERVE: &str = "observe";
+    /// `sk_lookup`: gives new connections on a public address to the backend's own listener.
+    pub const STEER: &str = "steer";
+    /// Classifier, run by user space with a [`crate::Search`]: finds the backend's listener.
+    pub const FIND_LISTENER: &str = "find_listener";
+    /// Classifier, run by user space with a [`crate::Inspection`]: brings counters of open flows up to date.
+    pub const INSPECT_FLOWS: &str = "inspect_flows";
 }
 
 /// Names of the maps, as the object's symbols and as the names of their pins.
@@ -21,9 +27,24 @@ pub mod map {
     pub const LISTEN_EVENTS: &str = "LISTEN_EVENTS";
     /// Ring buffer of the programs' log lines, in aya-log's format.
     pub const LOG: &str = "AYA_LOGS";
+    /// Hash map: [`crate::Endpoint`] -> [`crate::Steered`]. The addresses whose new connections are handed off. User
+    /// space makes the entries, `steer` counts in them.
+    pub const PUBLIC: &str = "PUBLIC";
+    /// Sockmap with [`crate::LISTENERS_MAX`] slots: the backend's listeners. `find_listener` puts them in, the kernel
+    /// takes them out when they close.
+    pub const LISTENERS: &str = "LISTENERS";
+    /// Socket storage: [`crate::Mark`], on the backend's listeners and inherited by what they accept.
+    pub const MARKS: &str = "MARKS";
+    /// Hash map: socket cookie ([`u64`](core::primitive::u64)) -> [`crate::Flow`], the open flows that were handed off.
+    pub const FLOWS: &str = "FLOWS";
+    /// Array with one entry: [`crate::Service`], the counters of all flows that were handed off.
+    pub const SERVICE: &str = "SERVICE";
 
-    /// The maps that are pinned for `bpftool`. Ring buffers are left out: they have one reader, which is `drowse`.
-    pub const PINNED: [&str; 2] = [PORTS, LISTENS];
+    /// The maps that are pinned for `bpftool` alone. Ring buffers are left out: they have one reader, which is `drowse`.
+    pub const SHOWN: [&str; 3] = [PORTS, LISTENS, PUBLIC];
+    /// The maps that are pinned and taken over by the next drowse of the same name, because flows that were handed off
+    /// outlive the one that did it. Together or not at all.
+    pub const KEPT: [&str; 3] = [MARKS, FLOWS, SERVICE];
 }
 
 /// Names of the read-only globals that the loader sets.
@@ -46,6 +67,184 @@ pub const FAMILY_V6: u32 = 10;
 
 // A ring buffer holds at least one event for each watched port, each with its header of 8 bytes.
 const _: () = assert!(LISTEN_EVENTS_BYTES >= PORTS_MAX * (size_of::<ListenEvent>() + 8));
+
+/// The most public addresses of one service.
+pub const PUBLIC_MAX: usize = 64;
+
+/// Slots for the backend's listeners.
+pub const LISTENERS_MAX: u32 = 16;
+
+/// The most handed-off flows that are open at a time; beyond it new connections are left to the proxy.
+pub const FLOWS_MAX: usize = 65_536;
+
+/// Flows that may be opened by handshakes under way when [`FLOWS_MAX`] less these are open already.
+pub const FLOWS_MARGIN: u64 = 4096;
+
+/// The flows that one run of `inspect_flows` looks at.
+pub const INSPECTED_MAX: usize = 64;
+
+const _: () = assert!(FLOWS_MARGIN < FLOWS_MAX as u64);
+
+/// The length of an Ethernet header: the first bytes of what user space hands to a classifier, not used.
+pub const ETHERNET_BYTES: usize = 14;
+
+/// An address of this machine, and a port.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The address in network byte order; for [`FAMILY_V4`] only the first word counts. All zero: any address.
+    pub address: [u32; 4],
+    /// The port, host byte order.
+    pub port: u32,
+    /// The family of the packets, not of the socket: [`FAMILY_V4`] also for IPv4 on an IPv6 socket.
+    pub family: u32,
+}
+
+/// What `steer` counted for one public address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Steered {
+    /// Handshakes that were given to the backend's listener.
+    pub steered_total: u64,
+    /// Handshakes that were left to drowse: no listener of the backend fits, or there are too many flows.
+    pub passed_total: u64,
+}
+
+/// The mark of a socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mark {
+    /// The key of its flow in [`map::FLOWS`]; zero on a listener, and on connections that nobody counts.
+    pub cookie: u64,
+}
+
+/// An open flow that was handed off.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// When the connection was established, `CLOCK_MONOTONIC`.
+    pub opened_ns: u64,
+    /// When an inspection last saw that bytes had moved, `CLOCK_MONOTONIC`.
+    pub last_activity_ns: u64,
+    /// Bytes from the client that the kernel has received, at the last inspection.
+    pub bytes_to_backend: u64,
+    /// Bytes to the client that it has acknowledged, at the last inspection.
+    pub bytes_to_client: u64,
+    /// The client's address, network byte order; for [`FAMILY_V4`] only the first word counts.
+    pub client: [u32; 4],
+    /// The address that the client connected to, as above.
+    pub local: [u32; 4],
+    /// The client's port, host byte order.
+    pub client_port: u32,
+    /// The port that the client connected to, host byte order.
+    pub local_port: u32,
+    /// The family of the packets: [`FAMILY_V4`] or [`FAMILY_V6`].
+    pub family: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+/// The counters of all flows of a service that were handed off. Bytes and activity of flows that are open are as of the
+/// last inspection. As in `TCP_INFO`, the end of a stream (FIN) counts as one byte.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Service {
+    /// Flows, ever.
+    pub flows_total: u64,
+    /// Flows that are open: the entries of [`map::FLOWS`].
+    pub flows_open: u64,
+    /// Bytes from clients.
+    pub bytes_to_backend: u64,
+    /// Bytes to clients.
+    pub bytes_to_client: u64,
+    /// When a flow last opened, closed, or was seen to have moved bytes, `CLOCK_MONOTONIC`. Zero: never.
+    pub last_activity_ns: u64,
+    /// Flows that there was no room for in [`map::FLOWS`].
+    pub uncounted_total: u64,
+}
+
+/// What user space asks `find_listener`: whoever accepts connections to this address shall be put into a slot. The
+/// answer, the program's return value, is a [`found`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Search {
+    /// The backend's address.
+    pub backend: Endpoint,
+    /// The slot of [`map::LISTENERS`].
+    pub slot: u32,
+    /// The source port of the connection that is thought of. Different ones find different members of a
+    /// `SO_REUSEPORT` group.
+    pub source_port: u32,
+}
+
+/// The answers of `find_listener`.
+pub mod found {
+    /// Nobody listens there, in this network namespace.
+    pub const NOBODY: u32 = 0;
+    /// The listener is in the slot.
+    pub const STORED: u32 = 1;
+    /// The kernel does not take the listener into a sockmap: it is of MPTCP, or has an upper layer protocol.
+    pub const REFUSED: u32 = 2;
+    /// The listener could not be marked: no memory.
+    pub const UNMARKED: u32 = 3;
+    /// The question was not understood.
+    pub const BAD_SEARCH: u32 = 4;
+}
+
+/// What user space asks `inspect_flows`: bring these flows up to date. The program is run once for each cookie.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inspection {
+    /// How many cookies follow, and how often the program is to be run.
+    pub count: u32,
+    /// Not zero: remove flows whose connection is not there. Only a drowse that takes over asks for this, because
+    /// nobody was told of what closed in between.
+    pub remove: u32,
+    /// Keys of [`map::FLOWS`].
+    pub cookies: [u64; INSPECTED_MAX],
+}
+
+impl Search {
+    /// The question as a frame for a classifier: an empty Ethernet header and the fields.
+    #[must_use]
+    pub fn to_frame(&self) -> [u8; ETHERNET_BYTES + size_of::<Self>()] {
+        let mut frame = [0; ETHERNET_BYTES + size_of::<Self>()];
+        let [a, b, c, d] = self.backend.address;
+        let words = [a, b, c, d, self.backend.port, self.backend.family, self.slot, self.source_port];
+        let payload = frame.split_at_mut(ETHERNET_BYTES).1;
+        for (place, word) in payload.chunks_exact_mut(4).zip(words) {
+            place.copy_from_slice(&word.to_ne_bytes());
+        }
+        frame
+    }
+}
+
+impl Inspection {
+    /// The question about the first [`INSPECTED_MAX`] of `cookies`.
+    #[must_use]
+    pub fn of(cookies: &[u64], remove: bool) -> Self {
+        let mut inspection = Self { count: 0, remove: u32::from(remove), cookies: [0; INSPECTED_MAX] };
+        for (place, cookie) in inspection.cookies.iter_mut().zip(cookies) {
+            *place = *cookie;
+            inspection.count += 1;
+        }
+        inspection
+    }
+
+    /// The question as a frame for a classifier: an empty Ethernet header and the fields.
+    #[must_use]
+    pub fn to_frame(&self) -> [u8; ETHERNET_BYTES + size_of::<Self>()] {
+        let mut frame = [0; ETHERNET_BYTES + size_of::<Self>()];
+        let (head, cookies) = frame.split_at_mut(ETHERNET_BYTES).1.split_at_mut(8);
+        for (place, word) in head.chunks_exact_mut(4).zip([self.count, self.remove]) {
+            place.copy_from_slice(&word.to_ne_bytes());
+        }
+        for (place, cookie) in cookies.chunks_exact_mut(8).zip(self.cookies) {
+            place.copy_from_slice(&cookie.to_ne_bytes());
+        }
+        frame
+    }
+}
 
 /// What user space wants to know about a port.
 #[repr(C)]
@@ -119,12 +318,22 @@ fn take_u32(bytes: &[u8]) -> Option<(u32, &[u8])> {
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya asks for its Pod marker on map values")]
 mod pod {
-    use super::{Interest, Listens};
+    use super::{Endpoint, Flow, Interest, Listens, Mark, Service, Steered};
 
     // SAFETY: repr(C), only integers, no padding: any bytes are a value and all bytes are initialised.
     unsafe impl aya::Pod for Interest {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Listens {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Endpoint {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Steered {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Mark {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Flow {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Service {}
 }
 
 #[cfg(test)]
@@ -160,6 +369,45 @@ mod tests {
         assert_eq!(offset_of!(ListenEvent, address), 16);
         assert_eq!(offset_of!(ListenEvent, family), 32);
         assert_eq!(offset_of!(ListenEvent, port), 36);
+    }
+
+    #[test]
+    fn what_is_kept_has_no_padding() {
+        assert_eq!(size_of::<Endpoint>(), 24);
+        assert_eq!(size_of::<Steered>(), 16);
+        assert_eq!(size_of::<Mark>(), 8);
+        assert_eq!(size_of::<Flow>(), 4 * 8 + 2 * 16 + 4 * 4);
+        assert_eq!(offset_of!(Flow, client), 32);
+        assert_eq!(offset_of!(Flow, client_port), 64);
+        assert_eq!(size_of::<Service>(), 48);
+        assert_eq!(offset_of!(Service, last_activity_ns), 32);
+    }
+
+    #[test]
+    fn a_search_is_written_field_by_field() {
+        let backend = Endpoint { address: [1, 2, 3, 4], port: 5, family: 6 };
+        let frame = Search { backend, slot: 7, source_port: 8 }.to_frame();
+        assert_eq!(size_of::<Search>(), 32);
+        assert_eq!(offset_of!(Search, slot), 24);
+        assert_eq!(offset_of!(Search, source_port), 28);
+        for (expected, word) in (1_u32..).zip(frame[ETHERNET_BYTES..].chunks_exact(4)) {
+            assert_eq!(word, expected.to_ne_bytes());
+        }
+    }
+
+    #[test]
+    fn an_inspection_is_written_field_by_field() {
+        assert_eq!(offset_of!(Inspection, remove), 4);
+        assert_eq!(offset_of!(Inspection, cookies), 8);
+        let frame = Inspection::of(&[7, 8], true).to_frame();
+        let payload = &frame[ETHERNET_BYTES..];
+        assert_eq!(payload[..4], 2_u32.to_ne_bytes());
+        assert_eq!(payload[4..8], 1_u32.to_ne_bytes());
+        assert_eq!(payload[8..16], 7_u64.to_ne_bytes());
+        assert_eq!(payload[16..24], 8_u64.to_ne_bytes());
+        assert!(payload[24..].iter().all(|byte| *byte == 0));
+        let many: [u64; INSPECTED_MAX + 1] = [1; INSPECTED_MAX + 1];
+        assert_eq!(Inspection::of(&many, false).count as usize, INSPECTED_MAX);
     }
 
     #[test]

@@ -1,23 +1,21 @@
-//! The listen hook: a sockops program that tells user space when somebody begins to listen on a watched port.
+//! The listen hook: tells user space when somebody begins to listen on a watched port.
 //!
-//! Owns: [`PORTS`], [`LISTENS`], [`LISTEN_EVENTS`]. Must never: change a socket, a reply or a verdict; it looks, counts
-//! and tells.
+//! Owns: [`PORTS`], [`LISTENS`], [`LISTEN_EVENTS`]. Must never: change a socket.
 //! Rests on: `BPF_SOCK_OPS_TCP_LISTEN_CB` being called after the socket is in state LISTEN, so a connect succeeds from
 //! then on (`__inet_listen_sk` in `net/ipv4/af_inet.c`; Linux 4.19), and on `bpf_get_netns_cookie` for sockops (5.15).
-//! The program runs for every TCP connection below the cgroup, hence the test of `op` first.
 
 use core::ptr;
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::BPF_SOCK_OPS_TCP_LISTEN_CB;
 use aya_ebpf::btf_maps::{HashMap, RingBuf};
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns};
-use aya_ebpf::macros::{btf_map, sock_ops};
+use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::SockOpsContext;
 use aya_log_ebpf::{debug, warn};
 use drowse_ebpf::{FAMILY_V4, FAMILY_V6, Interest, LISTEN_EVENTS_BYTES, ListenEvent, Listens, PORTS_MAX};
 
 use crate::atomic;
+use crate::observe::local_address;
 
 /// port -> what user space wants to know about it.
 #[btf_map]
@@ -31,10 +29,8 @@ pub static LISTENS: HashMap<u32, Listens, PORTS_MAX> = HashMap::new();
 #[btf_map]
 pub static LISTEN_EVENTS: RingBuf<ListenEvent, LISTEN_EVENTS_BYTES> = RingBuf::new();
 
-/// Why an invocation told user space nothing.
+/// Why user space was told nothing.
 enum Untold {
-    /// Another kind of callback.
-    OtherCallback,
     /// Nobody watches this port.
     NotWatched,
     /// Neither IPv4 nor IPv6.
@@ -43,32 +39,21 @@ enum Untold {
     RingFull,
 }
 
-/// The sockops verdict "go on". The other one, 0, would make the kernel treat the callback as failed.
-const PASS: u32 = 1;
-
-/// Entry point. Every way out is [`PASS`].
-#[expect(clippy::needless_pass_by_value, reason = "the signature that aya's macro asks for")]
-#[sock_ops]
-pub fn listen_hook(ctx: SockOpsContext) -> u32 {
-    match try_listen_hook(&ctx) {
-        Ok(port) => {
-            debug!(&ctx, "port {} is listened on", port);
-            PASS
-        }
+/// A socket began to listen.
+#[inline(always)]
+pub fn listened(ctx: &SockOpsContext) {
+    match try_listened(ctx) {
+        Ok(port) => debug!(ctx, "port {} is listened on", port),
         Err(Untold::RingFull) => {
-            warn!(&ctx, "port {} is listened on, but the ring buffer is full", ctx.local_port());
-            PASS
+            warn!(ctx, "port {} is listened on, but the ring buffer is full", ctx.local_port());
         }
-        Err(Untold::OtherCallback | Untold::NotWatched | Untold::OtherFamily) => PASS,
+        Err(Untold::NotWatched | Untold::OtherFamily) => {}
     }
 }
 
 /// Counts and tells. The port, if user space was told.
 #[inline(always)]
-fn try_listen_hook(ctx: &SockOpsContext) -> Result<u32, Untold> {
-    if ctx.op() != BPF_SOCK_OPS_TCP_LISTEN_CB {
-        return Err(Untold::OtherCallback);
-    }
+fn try_listened(ctx: &SockOpsContext) -> Result<u32, Untold> {
     let port = ctx.local_port();
     // SAFETY: user space writes the map before the program is attached and removes nothing while it is.
     let interest = unsafe { PORTS.get(port) }.ok_or(Untold::NotWatched)?;
@@ -85,29 +70,15 @@ fn try_listen_hook(ctx: &SockOpsContext) -> Result<u32, Untold> {
 #[inline(always)]
 fn event(ctx: &SockOpsContext, port: u32) -> Result<ListenEvent, Untold> {
     let family = ctx.family();
-    let (ip4, ip6) = local_address(ctx);
+    let local = local_address(ctx);
     let address = match family {
-        FAMILY_V4 => [ip4, 0, 0, 0],
-        FAMILY_V6 => ip6,
+        FAMILY_V4 => [local.ip4, 0, 0, 0],
+        FAMILY_V6 => local.ip6,
         _ => return Err(Untold::OtherFamily),
     };
     // SAFETY: both helpers only read; the first one wants the context that the kernel passed in.
     let (netns_cookie, time_ns) = unsafe { (bpf_get_netns_cookie(ctx.as_ptr()), bpf_ktime_get_ns()) };
     Ok(ListenEvent { time_ns, netns_cookie, address, family, port })
-}
-
-/// The local address as either family has it; the one that the socket's family does not have means nothing.
-///
-/// Volatile and unconditional, or the compiler joins the reads of both families into one through a computed pointer
-/// into the context, which the verifier refuses.
-#[inline(always)]
-fn local_address(ctx: &SockOpsContext) -> (u32, [u32; 4]) {
-    // SAFETY: the kernel passed the context in and allows these reads for sockets of any family.
-    unsafe {
-        let ip6: *const u32 = ptr::addr_of!((*ctx.ops).local_ip6).cast();
-        let word = |index| ip6.add(index).read_volatile();
-        (ptr::addr_of!((*ctx.ops).local_ip4).read_volatile(), [word(0), word(1), word(2), word(3)])
-    }
 }
 
 /// Adds `event` to the port's counters. A port without an entry is not counted.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::time::Duration;
 
+use drowse_ebpf::Service;
 use tokio::sync::Notify;
 
 use crate::clock::{Monotonic, as_nanos};
@@ -59,16 +60,39 @@ pub struct Accounting {
 /// The counters of a service, added up at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Flows since the start.
+    /// Flows through the proxy since the start.
     pub flows_total: u64,
-    /// Flows that are open now.
+    /// Flows through the proxy that are open now.
     pub flows_open: u64,
+    /// Flows that were handed off, ever.
+    pub handed_off_total: u64,
+    /// Flows that were handed off and are open now.
+    pub handed_off_open: u64,
     /// Bytes from clients that reached the backend's socket.
     pub bytes_to_backend: u64,
     /// Bytes from the backend that reached the clients' sockets.
     pub bytes_to_client: u64,
     /// The last time a flow opened, closed or moved a byte. Zero if none ever did.
     pub last_activity: Monotonic,
+    /// The same of the flows that were handed off, as far as the kernel has looked.
+    pub handed_off_activity: Monotonic,
+}
+
+impl Totals {
+    /// With the flows that the kernel counted.
+    #[must_use]
+    pub fn with_handed_off(self, service: &Service) -> Self {
+        let handed_off_activity = Duration::from_nanos(service.last_activity_ns);
+        Self {
+            handed_off_total: service.flows_total,
+            handed_off_open: service.flows_open,
+            bytes_to_backend: self.bytes_to_backend + service.bytes_to_backend,
+            bytes_to_client: self.bytes_to_client + service.bytes_to_client,
+            last_activity: self.last_activity.max(handed_off_activity),
+            handed_off_activity,
+            ..self
+        }
+    }
 }
 
 struct Flows {
@@ -128,7 +152,7 @@ impl Accounting {
         Flows { opened: sum(|counters| &counters.flows_opened), closed }
     }
 
-    /// All workers' counters, added up.
+    /// All workers' counters, added up: the flows through the proxy.
     #[must_use]
     pub fn totals(&self) -> Totals {
         let sum = |field: fn(&Counters) -> &AtomicU64| -> u64 {
@@ -142,6 +166,7 @@ impl Accounting {
             bytes_to_backend: sum(|counters| &counters.bytes_to_backend),
             bytes_to_client: sum(|counters| &counters.bytes_to_client),
             last_activity: Duration::from_nanos(last.unwrap_or(0)),
+            ..Totals::default()
         }
     }
 }

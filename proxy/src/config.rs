@@ -135,6 +135,9 @@ pub struct RunArgs {
 pub enum PlaneChoice {
     /// The fastest that is possible here
     Auto,
+    /// New connections straight to the backend's own listener; those for which that is not possible by splice,
+    /// with a warning
+    Handoff,
     /// Through pipes in the kernel
     Splice,
     /// Through a buffer in user space

@@ -4,13 +4,14 @@
 //! part that a program belongs to does), or outlive the process: nothing that changes the kernel's behaviour is pinned.
 //! Rests on: a map or program without pin and a `bpf_link` are gone with their last file descriptor.
 
+use std::fmt;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use anyhow::{Context as _, anyhow, bail};
-use aya::maps::{HashMap, MapData, RingBuf};
-use aya::programs::ProgramError;
+use aya::maps::{Array, HashMap, Map, MapData, RingBuf, SockMap};
+use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
 use drowse_ebpf as abi;
@@ -36,13 +37,20 @@ const LOG_BYTES_MIN: u32 = 4096;
 /// Bytes of the log's ring buffer otherwise; some hundred lines.
 const LOG_BYTES: u32 = 128 << 10;
 
-/// The loader. To make one takes 20 ms, ten times as long as to load the object, because aya then parses the kernel's
-/// own types (5 MB). They are for CO-RE relocations, of which the object has none: so one is made once, without them.
-static LOADER: LazyLock<Mutex<EbpfLoader<'static>>> = LazyLock::new(|| {
+/// A loader that is made once. To make one takes 20 ms, ten times as long as to load the object, because aya then parses
+/// the kernel's own types (5 MB). They are for CO-RE relocations, of which the object has none: it is made without them.
+type Loader = LazyLock<Mutex<EbpfLoader<'static>>>;
+
+/// The loader for an object whose maps have no pins.
+static LOADER: Loader = LazyLock::new(new_loader);
+/// The loader for an object some of whose maps are pinned, or are there already; it never forgets a path.
+static PINNING_LOADER: Loader = LazyLock::new(new_loader);
+
+fn new_loader() -> Mutex<EbpfLoader<'static>> {
     let mut loader = EbpfLoader::new();
     loader.btf(None);
     Mutex::new(loader)
-});
+}
 
 /// The eBPF object, loaded: its maps exist, its programs can be loaded and attached.
 pub struct Object {
@@ -53,7 +61,8 @@ pub struct Object {
 
 impl Object {
     /// Loads the embedded object and pins its maps under `/sys/fs/bpf/drowse/NAME/`, where NAME is
-    /// [`pin_name`]`(name)`. Maps that cannot be pinned are no error, see [`Object::unpinned`].
+    /// [`pin_name`]`(name)`. Maps that cannot be pinned are no error, see [`Object::unpinned`]. The counters of flows
+    /// that a drowse of the same name left behind are taken over.
     ///
     /// # Errors
     /// The object is not built in, a capability is missing, or the kernel refuses.
@@ -64,14 +73,17 @@ impl Object {
         }
         let level = log_level();
         let log_bytes = if *level == 0 { LOG_BYTES_MIN } else { LOG_BYTES };
-        let ebpf = LOADER
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .override_global(abi::global::LOG_LEVEL, level, true)
-            .map_max_entries(abi::map::LOG, log_bytes)
-            .load(OBJECT);
-        let ebpf = ebpf.map_err(explain).context("load the eBPF object")?;
-        let pins = Pins::create(name, &ebpf).map_err(|error| format!("{error:#}"));
+        let mut pins = Pins::claim(name).map_err(|error| format!("{error:#}"));
+        let loader = if pins.is_ok() { &PINNING_LOADER } else { &LOADER };
+        let mut loader = loader.lock().unwrap_or_else(PoisonError::into_inner);
+        loader.override_global(abi::global::LOG_LEVEL, level, true).map_max_entries(abi::map::LOG, log_bytes);
+        for (map, path) in pins.iter().flat_map(Pins::kept) {
+            loader.map_pin_path(map, path);
+        }
+        let ebpf = loader.load(OBJECT).map_err(explain).context("load the eBPF object")?;
+        if let Err(error) = pins.as_ref().map_or(Ok(()), |pins| pins.show(&ebpf)) {
+            pins = Err(format!("{error:#}"));
+        }
         Ok(Self { ebpf, pins })
     }
 
@@ -81,13 +93,52 @@ impl Object {
         self.pins.as_ref().err().map(String::as_str)
     }
 
-    /// The hash map `name`.
-    pub(crate) fn hash_map<K: Pod, V: Pod>(
+    /// Whether the counters of handed-off flows outlive this object if any of those flows is open when it is dropped.
+    /// Else they go with it.
+    pub(crate) fn keep_flows(&mut self, keep: bool) {
+        if let Ok(pins) = &mut self.pins {
+            pins.keep = keep;
+        }
+    }
+
+    /// The hash map `name`, to write.
+    pub(crate) fn hash_map_mut<K: Pod, V: Pod>(
         &mut self,
         name: &str,
     ) -> anyhow::Result<HashMap<&mut MapData, K, V>> {
-        let map = self.ebpf.map_mut(name).with_context(|| format!("find map {name} in the eBPF object"))?;
-        HashMap::try_from(map).with_context(|| format!("use map {name}"))
+        HashMap::try_from(self.map_mut(name)?).with_context(|| format!("use map {name}"))
+    }
+
+    /// The hash map `name`, to read.
+    pub(crate) fn hash_map<K: Pod, V: Pod>(&self, name: &str) -> anyhow::Result<HashMap<&MapData, K, V>> {
+        HashMap::try_from(self.map(name)?).with_context(|| format!("use map {name}"))
+    }
+
+    /// The array `name`, to read.
+    pub(crate) fn array<V: Pod>(&self, name: &str) -> anyhow::Result<Array<&MapData, V>> {
+        Array::try_from(self.map(name)?).with_context(|| format!("use map {name}"))
+    }
+
+    /// The sockmap `name`, to write.
+    pub(crate) fn sock_map_mut(&mut self, name: &str) -> anyhow::Result<SockMap<&mut MapData>> {
+        SockMap::try_from(self.map_mut(name)?).with_context(|| format!("use map {name}"))
+    }
+
+    fn map(&self, name: &str) -> anyhow::Result<&Map> {
+        self.ebpf.map(name).with_context(|| format!("find map {name} in the eBPF object"))
+    }
+
+    fn map_mut(&mut self, name: &str) -> anyhow::Result<&mut Map> {
+        self.ebpf.map_mut(name).with_context(|| format!("find map {name} in the eBPF object"))
+    }
+
+    /// Runs the classifier `name`, which is loaded, `times` times with `frame`, in the network namespace of this thread.
+    /// Gives its last answer.
+    pub(crate) fn ask(&mut self, name: &str, frame: &[u8], times: u32) -> anyhow::Result<u32> {
+        let program: &mut SchedClassifier = self.program(name)?;
+        let options = TestRunOptions { data_in: Some(frame), repeat: times, ..TestRunOptions::new() };
+        let result = program.test_run(options).map_err(explain).with_context(|| format!("run {name}"))?;
+        Ok(result.return_value)
     }
 
     /// The ring buffer `name`, taken out of the object: it has one reader.
@@ -112,6 +163,21 @@ impl Object {
         let lines = lines.context("find the log in the eBPF object")?;
         let readable = Readable::new(lines.as_fd()).context("watch the programs' log")?;
         Ok(Log { lines, readable })
+    }
+}
+
+impl Drop for Object {
+    fn drop(&mut self) {
+        let service = self.array::<abi::Service>(abi::map::SERVICE).and_then(|map| Ok(map.get(&0, 0)?));
+        if let Ok(pins) = &mut self.pins {
+            pins.keep &= service.is_ok_and(|service| service.flows_open > 0);
+        }
+    }
+}
+
+impl fmt::Debug for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Object").finish_non_exhaustive()
     }
 }
 

@@ -11,10 +11,10 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use rustix::net::getpeername;
 use rustix::process::Rlimit;
 use socket2::Socket;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::task::JoinHandle;
 use tokio::time::{Interval, MissedTickBehavior};
 use tracing::{debug, error, info, warn};
 
@@ -25,13 +25,14 @@ use crate::activation::{BackendState, Change, Driver, Failure};
 use crate::address;
 use crate::busy;
 use crate::clock::{self, Monotonic};
-use crate::config::{PlaneChoice, ReadyProbe, RunArgs, Switch};
+use crate::config::{PlaneChoice, ReadyProbe, RunArgs};
+use crate::idle::IdlePolicy;
+use crate::kernel::{self, Kernel};
 use crate::lifecycle::{Command, Event, Lifecycle, Ownership, State};
 use crate::listener::{Listeners, Passed, SEAL_TIME};
 use crate::pairing::{self, Gate, Outcome};
 use crate::plane::Plane;
 use crate::plane::forward::{Forward, Mode};
-use crate::readiness::listen_hook::ListenHook;
 use crate::readiness::{self, Hints};
 use crate::report::notify::{self, Notifier};
 use crate::report::status_line::status_line;
@@ -62,9 +63,11 @@ pub struct EventLoop {
     probe: Task<Option<Socket>>,
     /// The question how the backend is, asked again at a reload.
     resync: Task<Result<BackendState, Failure>>,
-    /// The busy command; true is busy.
+    /// The last look before a stop; true is busy.
     look: Task<bool>,
-    hook: Hook,
+    /// The question what the backend has against a hand-off.
+    ask: Task<Option<String>>,
+    kernel: Kernel,
     notifier: Notifier,
     status_due: Option<Monotonic>,
     watchdog: Option<Interval>,
@@ -78,13 +81,6 @@ pub struct EventLoop {
     exit: bool,
 }
 
-/// The listen hook, which is loaded while the backend starts for the first time.
-enum Hook {
-    Unused,
-    Loading(JoinHandle<anyhow::Result<ListenHook>>),
-    Attached(Box<ListenHook>),
-}
-
 /// What the loop woke up for.
 enum Woken {
     Accepted(std::io::Result<Socket>),
@@ -95,8 +91,8 @@ enum Woken {
     Ready(Option<Socket>),
     Looked(bool),
     Changed(Change),
-    HookLoaded(Box<anyhow::Result<ListenHook>>),
-    Listened,
+    Asked(Option<String>),
+    Kernel(kernel::News),
     FewFlowsOpen,
     Deadline,
     WatchdogDue,
@@ -144,7 +140,7 @@ impl EventLoop {
         let workers = run.workers();
         let accounting = Accounting::new(workers);
         let mode = match run.plane {
-            PlaneChoice::Auto | PlaneChoice::Splice => Mode::Splice,
+            PlaneChoice::Auto | PlaneChoice::Handoff | PlaneChoice::Splice => Mode::Splice,
             PlaneChoice::Copy => Mode::Copy,
         };
         let plane =
@@ -155,7 +151,9 @@ impl EventLoop {
             interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
             interval
         });
+        let facts = listeners.facts().context("look at the listeners")?;
         let service = Self {
+            kernel: Kernel::new(&run, &facts, run.rules().ownership != Ownership::Own),
             name,
             connections_max,
             lifecycle: Lifecycle::new(run.rules(), backend, clock::now()),
@@ -172,7 +170,7 @@ impl EventLoop {
             probe: None,
             resync: None,
             look: None,
-            hook: Hook::Unused,
+            ask: None,
             notifier: Notifier::from_environment(),
             status_due: None,
             watchdog,
@@ -200,6 +198,9 @@ impl EventLoop {
         );
         self.notifier.ready();
         self.tell_status();
+        if self.lifecycle.is_awake() {
+            self.load_kernel();
+        }
         while !self.exit {
             let woken = self.next().await;
             for event in self.translate(woken) {
@@ -217,12 +218,13 @@ impl EventLoop {
         let now = clock::now();
         // The end of the last flow is always news; at the limit the end of any that makes room.
         let held = self.lifecycle.held();
-        let at_limit = held + self.accounting.totals().flows_open >= self.connections_max;
+        let at_limit = held + self.totals().flows_open >= self.connections_max;
         self.accounting.wake_at(if at_limit { self.connections_max.saturating_sub(held + 1) } else { 0 });
-        let totals = self.accounting.totals();
+        let totals = self.totals();
         // An exit that waits for the seal is due already, and asking again before helps nobody.
-        let decision = self.lifecycle.deadline(&totals, now).max(self.sealed_until);
-        let deadline = [decision, self.status_due].into_iter().flatten().min();
+        let sealed = self.sealed_until.unwrap_or_default();
+        let decision = self.lifecycle.deadline(&totals, now).map(|at| at.max(sealed));
+        let deadline = [decision, self.sealed_until, self.status_due].into_iter().flatten().min();
         let has_room = held + totals.flows_open < self.connections_max;
         tokio::select! {
             biased;
@@ -237,7 +239,8 @@ impl EventLoop {
             busy = finished(&mut self.look) => Woken::Looked(busy),
             () = due(self.watchdog.as_mut()) => Woken::WatchdogDue,
             () = sleep_until(deadline, now) => Woken::Deadline,
-            woken = self.hook.next() => woken,
+            obstacle = finished(&mut self.ask) => Woken::Asked(obstacle),
+            news = self.kernel.next() => Woken::Kernel(news),
             Some(outcome) = self.clients.next(), if !self.clients.is_empty() => Woken::Client(outcome),
             () = self.accounting.few_open() => Woken::FewFlowsOpen,
             client = accepted(self.listeners.as_mut()), if has_room => Woken::Accepted(client),
@@ -282,15 +285,20 @@ impl EventLoop {
                 self.last_look(busy)
             }
             Woken::Changed(change) => self.translate_change(change),
-            Woken::HookLoaded(loaded) => {
-                self.use_hook(*loaded);
-                vec![]
+            Woken::Asked(obstacle) => {
+                self.ask = None;
+                self.kernel.set_backend_obstacle(obstacle);
+                vec![Event::Tick]
             }
-            Woken::Listened => {
-                self.hints.nudge();
-                vec![]
+            Woken::Kernel(news) => {
+                self.hear(news);
+                vec![Event::Tick]
             }
-            Woken::FewFlowsOpen | Woken::Deadline => vec![Event::Tick],
+            Woken::FewFlowsOpen => vec![Event::Tick],
+            Woken::Deadline => {
+                self.inspect();
+                vec![Event::Tick]
+            }
             Woken::WatchdogDue => {
                 self.notifier.alive();
                 vec![]
@@ -308,6 +316,15 @@ impl EventLoop {
                 info!("{signal}: letting open connections end");
                 vec![Event::Terminate]
             }
+        }
+    }
+
+    /// What the kernel tells is a hint for who waits for the backend.
+    fn hear(&self, news: kernel::News) {
+        match news {
+            kernel::News::Loaded if self.kernel.is_hooked() => self.hints.set_hooked(),
+            kernel::News::Loaded => {}
+            kernel::News::Listened => self.hints.nudge(),
         }
     }
 
@@ -355,6 +372,8 @@ impl EventLoop {
     fn settle_client(&mut self, outcome: Outcome) -> Vec<Event> {
         match outcome {
             Outcome::Paired(flow) => {
+                let peer = getpeername(&flow.backend).ok().filter(|_| self.run.backend.is_name());
+                self.kernel.was_bypassed(peer.flatten().and_then(|peer| peer.try_into().ok()));
                 self.plane.open(flow);
                 vec![Event::ClientPaired]
             }
@@ -380,7 +399,8 @@ impl EventLoop {
 
     /// The end of the last look: the accept queues are looked at after the busy command has had its say.
     fn last_look(&mut self, busy: bool) -> Vec<Event> {
-        let totals = self.accounting.totals();
+        self.inspect();
+        let totals = self.totals();
         let has_room = self.lifecycle.held() + totals.flows_open < self.connections_max;
         let waiting = self.listeners.as_ref().filter(|_| has_room).and_then(Listeners::try_accept);
         if let Some(client) = waiting {
@@ -393,10 +413,11 @@ impl EventLoop {
     fn handle(&mut self, event: Event) {
         let (before, since) = (self.lifecycle.state().clone(), self.lifecycle.since());
         let now = clock::now();
-        let totals = self.accounting.totals();
+        let totals = self.totals();
         tracing::trace!(?event, ?before, held = self.lifecycle.held(), "event");
         let commands = self.lifecycle.step(event, &totals, now);
         self.gate.set_open(self.lifecycle.is_awake());
+        self.kernel.hand_off(self.lifecycle.hands_off());
         self.log_change(&before, now.saturating_sub(since));
         if !commands.contains(&Command::Exit) {
             self.stay();
@@ -417,7 +438,7 @@ impl EventLoop {
             Command::ResetFlows => self.plane.reset_all(),
             Command::BackendGone => self.plane.backend_gone(),
             Command::CloseSilent => self.plane.close_silent(self.run.idle_time),
-            Command::LookAgain => self.look = Some(Box::pin(busy::is_busy(self.run.busy_command.clone()))),
+            Command::LookAgain => self.look_again(),
             Command::Report(failure) => self.report(&failure),
             Command::StopAccepting => self.stop_accepting(),
             Command::Exit => self.leave(),
@@ -427,7 +448,7 @@ impl EventLoop {
     /// Looks whether a stranger sits on the backend's address; the start job and the probe follow.
     fn start_backend(&mut self) {
         self.hints.clear();
-        self.load_hook();
+        self.load_kernel();
         let Some(driver) = &mut self.driver else { return };
         let (run, activated, state) = (Arc::clone(&self.run), driver.is_socket_activated(), driver.state());
         self.check = Some(Box::pin(async move {
@@ -471,32 +492,35 @@ impl EventLoop {
         self.probe = Some(Box::pin(async move { readiness::wait(&run, &hints).await }));
     }
 
-    /// Begins to load the listen hook beside the first start, so that it never delays a client.
-    fn load_hook(&mut self) {
-        let Some(port) = self.run.backend.port() else { return };
-        if !matches!(self.hook, Hook::Unused) || self.run.ebpf == Switch::Off {
-            return;
-        }
-        let name = self.run.service_name();
-        self.hook = Hook::Loading(tokio::task::spawn_blocking(move || ListenHook::attach(&name, &[port])));
+    /// Begins to load the eBPF object, if that was not done, so that it never delays a client; and asks what the backend
+    /// has against a hand-off, which may have changed.
+    fn load_kernel(&mut self) {
+        self.kernel.load();
+        let asked: Pin<Box<dyn Future<Output = _>>> = match &self.driver {
+            Some(driver) => driver.handoff_obstacle(),
+            None => Box::pin(std::future::ready(None)),
+        };
+        self.ask = Some(asked);
     }
 
-    fn use_hook(&mut self, loaded: anyhow::Result<ListenHook>) {
-        match loaded {
-            Ok(hook) => {
-                if let Some(reason) = hook.unpinned() {
-                    info!("eBPF maps are not pinned: {reason}");
-                }
-                debug!("the listen hook is attached");
-                self.hook = Hook::Attached(Box::new(hook));
-                self.hints.set_hooked();
-            }
-            Err(error) => {
-                info!("readiness by retried connects, no listen hook: {error:#}");
-                self.run = Arc::new(RunArgs { ebpf: Switch::Off, ..RunArgs::clone(&self.run) });
-                self.hook = Hook::Unused;
-            }
+    /// All counters, of flows through the proxy and of those that were handed off.
+    fn totals(&self) -> Totals {
+        self.accounting.totals().with_handed_off(&self.kernel.service())
+    }
+
+    /// Brings the bytes of handed-off flows up to date, where a decision depends on them.
+    fn inspect(&mut self) {
+        if self.run.idle_policy == IdlePolicy::Traffic && self.totals().handed_off_open > 0 {
+            self.kernel.inspect();
         }
+    }
+
+    /// The busy command has its say first, because it may take its time.
+    fn look_again(&mut self) {
+        let (command, look) = (self.run.busy_command.clone(), self.kernel.last_look());
+        // Flows of an earlier drowse may be open that nobody has counted yet.
+        let unknown = self.kernel.is_loading();
+        self.look = Some(Box::pin(async move { busy::is_busy(command).await || unknown || look.await }));
     }
 
     fn report(&self, failure: &Failure) {
@@ -542,11 +566,10 @@ impl EventLoop {
     }
 
     fn tell_status(&mut self) {
-        let now = clock::now();
+        let (now, totals) = (clock::now(), self.totals());
         let state = self.lifecycle.state();
-        self.status_due = self
-            .notifier
-            .status(state, now, || status_line(&self.lifecycle, &self.name, &self.accounting.totals(), now));
+        self.status_due =
+            self.notifier.status(state, now, || status_line(&self.lifecycle, &self.name, &totals, now));
     }
 
     /// Nobody new gets in; whoever is half in is still taken in. Those who wait at a listener of systemd's wake the
@@ -603,22 +626,6 @@ impl EventLoop {
             }
             self.listeners = None;
             self.sealed_until = None;
-        }
-    }
-}
-
-impl Hook {
-    async fn next(&mut self) -> Woken {
-        match self {
-            Self::Unused => std::future::pending().await,
-            Self::Loading(loading) => {
-                let loaded = loading.await.map_err(anyhow::Error::new).flatten();
-                Woken::HookLoaded(Box::new(loaded))
-            }
-            Self::Attached(hook) => {
-                hook.listened().await;
-                Woken::Listened
-            }
         }
     }
 }

@@ -16,6 +16,9 @@ pub enum IdlePolicy {
     Traffic,
 }
 
+/// The shortest time between two looks at the counters of flows that were handed off.
+pub const LOOK_PAUSE_MIN: Duration = Duration::from_millis(10);
+
 /// What the idle decision looks at.
 #[derive(Clone, Copy, Debug)]
 pub struct Observed {
@@ -32,6 +35,8 @@ pub struct Observed {
 pub enum Decision {
     /// In use; ask again when something changes.
     Busy,
+    /// In use by flows that were handed off, which nobody tells us of: look at the counters again at this moment.
+    LookAt(Monotonic),
     /// Nobody uses it; settle at this moment unless something changes.
     WaitUntil(Monotonic),
     /// Nobody has used it for the idle time.
@@ -47,6 +52,10 @@ pub fn decide(policy: IdlePolicy, idle_time: Duration, seen: &Observed, now: Mon
     };
     if in_use {
         return Decision::Busy;
+    }
+    if seen.totals.handed_off_open > 0 && policy == IdlePolicy::Connections {
+        // Whoever closes before that keeps the backend awake for longer.
+        return Decision::LookAt(now.saturating_add(idle_time.max(LOOK_PAUSE_MIN)));
     }
     let settle_at = seen.quiet_from.max(seen.totals.last_activity).saturating_add(idle_time);
     if settle_at <= now { Decision::Settle } else { Decision::WaitUntil(settle_at) }
@@ -70,6 +79,16 @@ mod tests {
         let silent = seen(0, 1, 5, 0);
         assert_eq!(decide(IdlePolicy::Connections, s(10), &silent, s(100)), Decision::Busy);
         assert_eq!(decide(IdlePolicy::Traffic, s(10), &silent, s(100)), Decision::Settle);
+    }
+
+    #[test]
+    fn a_handed_off_flow_is_looked_at_within_the_idle_time() {
+        let totals = Totals { handed_off_open: 1, last_activity: s(5), ..Totals::default() };
+        let seen = Observed { held: 0, totals, quiet_from: s(0) };
+        assert_eq!(decide(IdlePolicy::Connections, s(10), &seen, s(100)), Decision::LookAt(s(110)));
+        assert_eq!(decide(IdlePolicy::Traffic, s(10), &seen, s(100)), Decision::Settle);
+        let soon = decide(IdlePolicy::Connections, s(0), &seen, s(100));
+        assert_eq!(soon, Decision::LookAt(s(100) + LOOK_PAUSE_MIN));
     }
 
     #[test]

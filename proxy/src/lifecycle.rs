@@ -21,6 +21,8 @@ pub const BACKOFF_MIN: Duration = Duration::from_millis(250);
 pub const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// How long silent flows get to close, FIN first, before the backend is looked at again.
 pub const CLOSING_TIME: Duration = Duration::from_secs(2);
+/// How often handed-off flows are looked at that an exit waits for.
+pub const DRAIN_LOOK_PAUSE: Duration = Duration::from_millis(100);
 /// The shortest time between two tries to put the backend to sleep, however short the idle time is.
 pub const SETTLE_PAUSE_MIN: Duration = Duration::from_secs(1);
 const _: () = assert!(BACKOFF_MIN.as_millis() < BACKOFF_MAX.as_millis());
@@ -196,6 +198,8 @@ pub struct Lifecycle {
     draining: Option<Monotonic>,
     /// Our own backend is being stopped so that we can exit for want of work.
     leaving: bool,
+    /// Clients that were held when the backend became ready and have no connection yet.
+    to_pair: u64,
 }
 
 impl Lifecycle {
@@ -219,6 +223,7 @@ impl Lifecycle {
             failures: 0,
             draining: None,
             leaving: false,
+            to_pair: 0,
         }
     }
 
@@ -252,6 +257,13 @@ impl Lifecycle {
         matches!(self.state, State::Awake | State::Settling(_))
     }
 
+    /// Whether new connections are to go straight to the backend: it is awake and stays so, and whoever waited for it
+    /// is connected.
+    #[must_use]
+    pub fn hands_off(&self) -> bool {
+        self.state == State::Awake && self.to_pair == 0 && self.draining.is_none()
+    }
+
     /// What the idle decision says at `now`, if the backend is awake and may be put to sleep.
     #[must_use]
     pub fn idle(&self, totals: &Totals, now: Monotonic) -> Option<Decision> {
@@ -272,7 +284,11 @@ impl Lifecycle {
                 Some(*deadline)
             }
             State::Awake if !self.starting && self.draining.is_none() => match self.idle(totals, now) {
-                Some(Decision::WaitUntil(at)) => Some(at),
+                // Bytes of handed-off flows are known only after a look, and the sooner, the more exactly.
+                Some(Decision::WaitUntil(at)) if totals.handed_off_open > 0 => {
+                    Some(at.min(now.saturating_add((self.rules.idle_time / 4).max(idle::LOOK_PAUSE_MIN))))
+                }
+                Some(Decision::WaitUntil(at) | Decision::LookAt(at)) => Some(at),
                 Some(Decision::Settle) => Some(now),
                 Some(Decision::Busy) | None => None,
             },
@@ -282,9 +298,13 @@ impl Lifecycle {
             | State::Settling(Settling::Looking)
             | State::Stopping(Stopping::Ours | Stopping::Abandoned(_)) => None,
         };
-        let exit = self.exit_at(totals);
+        // Nobody tells us when a handed-off flow closes that our exit waits for.
+        let pause = if self.is_draining() { DRAIN_LOOK_PAUSE } else { self.rules.exit_idle_time };
+        let look = now.saturating_add(pause.max(idle::LOOK_PAUSE_MIN));
+        let exit = self.exit_at(totals).map(|at| if totals.handed_off_open > 0 { look } else { at });
         let drain = self.draining.filter(|_| !self.is_stopping_our_own());
-        [own, exit, drain].into_iter().flatten().min().filter(|at| *at != Monotonic::MAX)
+        let drained = drain.filter(|_| self.cuts_handed_off(totals)).map(|_| look);
+        [own, exit, drain, drained].into_iter().flatten().min().filter(|at| *at != Monotonic::MAX)
     }
 
     /// Takes one event and says what is to be done, in this order.
@@ -313,7 +333,10 @@ impl Lifecycle {
     fn count(&mut self, event: &Event, todo: &mut Vec<Command>, now: Monotonic) {
         match event {
             Event::ClientAccepted => self.held += 1,
-            Event::ClientLeft | Event::ClientPaired => self.held = self.held.saturating_sub(1),
+            Event::ClientLeft | Event::ClientPaired => {
+                self.held = self.held.saturating_sub(1);
+                self.to_pair = self.to_pair.saturating_sub(1);
+            }
             Event::Started(_) => self.starting = false,
             Event::Forgive => self.failures = 0,
             Event::Terminate if self.draining.is_none() => {
@@ -453,16 +476,20 @@ impl Lifecycle {
                 self.awake(event, todo, now);
             }
             Event::Busy | Event::Terminate => self.stay_awake(now),
-            Event::Quiet if totals.flows_open > 0 && self.rules.idle_policy == IdlePolicy::Connections => {
-                self.stay_awake(now);
-            }
+            Event::Quiet if !self.is_quiet(totals, now) => self.stay_awake(now),
             Event::Quiet if totals.flows_open > 0 => {
                 self.state = State::Settling(Settling::Closing(now + CLOSING_TIME));
                 todo.push(Command::CloseSilent);
             }
             Event::Quiet => self.stop(Stopping::Ours, todo, now),
             Event::Tick => match step {
-                Settling::Closing(_) if totals.flows_open == 0 => self.stop(Stopping::Ours, todo, now),
+                // That the silent flows of the proxy were closed is no use of them; others may have been used meanwhile.
+                Settling::Closing(_)
+                    if totals.flows_open == 0
+                        && totals.handed_off_activity.saturating_add(self.rules.idle_time) <= now =>
+                {
+                    self.stop(Stopping::Ours, todo, now);
+                }
                 Settling::Closing(deadline) if now >= deadline => self.stay_awake(now),
                 Settling::Closing(_) | Settling::Looking => {}
             },
@@ -532,6 +559,12 @@ impl Lifecycle {
             | Event::Busy
             | Event::Terminate => {}
         }
+    }
+
+    /// Whether the idle decision still stands after a look.
+    fn is_quiet(&self, totals: &Totals, now: Monotonic) -> bool {
+        let seen = Observed { held: self.held, totals: *totals, quiet_from: self.quiet_from };
+        idle::decide(self.rules.idle_policy, self.rules.idle_time, &seen, now) == Decision::Settle
     }
 
     /// Starts the backend for the clients that are held.
@@ -623,6 +656,9 @@ impl Lifecycle {
         if state == State::Awake {
             self.quiet_from = now;
         }
+        if !self.is_awake() {
+            self.to_pair = self.held;
+        }
         if !(self.is_awake() && matches!(state, State::Awake | State::Settling(_))) {
             self.since = now;
         }
@@ -651,6 +687,11 @@ impl Lifecycle {
         nothing_to_do.then(|| since.saturating_add(self.rules.exit_idle_time))
     }
 
+    /// Whether flows that were handed off would end with us, because the backend does.
+    fn cuts_handed_off(&self, totals: &Totals) -> bool {
+        self.rules.ownership == Ownership::Own && totals.handed_off_open > 0
+    }
+
     /// A backend of our own must be gone before we are.
     fn is_stopping_our_own(&self) -> bool {
         self.rules.ownership == Ownership::Own && matches!(self.state, State::Stopping(_))
@@ -663,7 +704,8 @@ impl Lifecycle {
         }
         let Some(deadline) = self.draining else {
             let left = self.leaving && self.state == State::Asleep;
-            if left || self.exit_at(totals).is_some_and(|at| at <= now) {
+            let due = totals.handed_off_open == 0 && self.exit_at(totals).is_some_and(|at| at <= now);
+            if left || due {
                 self.exit(todo, now);
             }
             return;
@@ -671,7 +713,7 @@ impl Lifecycle {
         if matches!(self.state, State::Failed { .. }) {
             self.reset_held(todo);
         }
-        let served = self.held == 0 && totals.flows_open == 0;
+        let served = self.held == 0 && totals.flows_open == 0 && !self.cuts_handed_off(totals);
         if !served && now >= deadline {
             self.reset_held(todo);
             todo.push(Command::ResetFlows);

@@ -13,11 +13,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use rustix::net::{SocketFlags, SocketType, sockopt};
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::address::{self, Address};
+use crate::plane::choose::{ListenerFacts, Peculiarity};
 use crate::sys;
 
 /// How long accepting pauses when the system is out of descriptors or memory.
@@ -73,6 +74,16 @@ impl Listeners {
     /// What is listened on, for people.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.all.iter().map(|listener| listener.name.as_str())
+    }
+
+    /// What a hand-off must know of each listener.
+    ///
+    /// # Errors
+    /// A socket cannot be asked.
+    pub fn facts(&self) -> io::Result<Vec<ListenerFacts>> {
+        let own = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        let here = sys::netns_cookie(own.as_fd()).ok();
+        self.all.iter().map(|listener| listener.facts(here)).collect()
     }
 
     /// Whether one of the listeners is at `address`: a proxy that connects to itself never ends.
@@ -197,6 +208,25 @@ impl Listener {
             passed,
             made,
         })
+    }
+
+    /// `here`: the cookie of our own network namespace; without one (before Linux 5.14) none is taken for ours.
+    fn facts(&self, here: Option<u64>) -> io::Result<ListenerFacts> {
+        let socket = self.socket.get_ref();
+        let address = socket.local_addr()?.as_socket();
+        let peculiarity = if address.is_none() {
+            None
+        } else if socket.protocol()? != Some(Protocol::TCP) {
+            Some(Peculiarity::NotPlainTcp)
+        } else if here.is_none() || sys::netns_cookie(socket.as_fd()).ok() != here {
+            Some(Peculiarity::OtherNetns)
+        } else if socket.reuse_port()? {
+            Some(Peculiarity::SharesPort)
+        } else {
+            socket.device()?.map(|_| Peculiarity::BoundToDevice)
+        };
+        let only_v6 = address.is_some_and(|address| address.is_ipv6()) && socket.only_v6()?;
+        Ok(ListenerFacts { name: self.name.clone(), address, only_v6, peculiarity })
     }
 
     /// A TCP listener drops SYNs, so that a client retries as after any loss; the file of a unix listener is hidden

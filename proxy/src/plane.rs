@@ -6,8 +6,10 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+pub mod choose;
 pub mod copy;
 pub mod forward;
+pub mod handoff;
 pub mod splice;
 
 /// One client connection with its backend connection, both connected stream sockets.
@@ -19,7 +21,7 @@ pub struct Flow {
     pub backend: OwnedFd,
 }
 
-/// A way to move the bytes of flows.
+/// A way to move the bytes of flows that the proxy accepted. The plane `handoff` is none: its flows never come here.
 ///
 /// A plane owns the flows that it was given, counts them in the service's [`crate::accounting::Accounting`] (from
 /// `open` on, not from when a worker gets round to it) and ends each of them exactly once.

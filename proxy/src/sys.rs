@@ -121,3 +121,23 @@ pub fn send_queue_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
     let bytes = unsafe { ioctl(socket, request) }?;
     Ok(usize::try_from(bytes).unwrap_or(0))
 }
+
+/// The cookie of the network namespace that `socket` belongs to, socket(7) `SO_NETNS_COOKIE` (Linux 5.14).
+///
+/// # Errors
+/// `socket` is no socket, or the kernel is older.
+pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = 0_u64;
+    let mut size = libc::socklen_t::try_from(size_of::<u64>()).unwrap_or(0);
+    // SAFETY: the kernel writes at most `size` bytes to `cookie`, which lives until the call returns.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut size,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}

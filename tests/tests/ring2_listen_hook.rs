@@ -14,7 +14,7 @@ use std::time::Duration;
 use std::{env, fs, thread};
 
 use aya::maps::{HashMap, Map, MapData};
-use drowse::ebpf::{Answer, availability, pin_name};
+use drowse::ebpf::{Answer, Object, availability, pin_name};
 use drowse::readiness::listen_hook::{Listen, ListenHook};
 use drowse_ebpf::{LISTEN_EVENTS_BYTES, ListenEvent, Listens};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
@@ -94,13 +94,41 @@ fn pins(name: &str) -> PathBuf {
     Path::new("/sys/fs/bpf/drowse").join(pin_name(name).expect("a name"))
 }
 
-fn attach(name: &str, ports: &[u16]) -> ListenHook {
-    let hook = ListenHook::attach(name, ports).expect("attach the listen hook");
+/// The hook with the object that it is attached by.
+struct Hook {
+    events: ListenHook,
+    object: Object,
+}
+
+impl Hook {
+    fn attach(name: &str, ports: &[u16]) -> anyhow::Result<Self> {
+        let mut object = Object::load(name)?;
+        let events = ListenHook::attach(&mut object, ports)?;
+        Ok(Self { events, object })
+    }
+
+    fn unpinned(&self) -> Option<&str> {
+        self.object.unpinned()
+    }
+
+    async fn listened(&mut self) -> Listen {
+        self.events.listened().await
+    }
+}
+
+impl std::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.events.fmt(f)
+    }
+}
+
+fn attach(name: &str, ports: &[u16]) -> Hook {
+    let hook = Hook::attach(name, ports).expect("attach the listen hook");
     assert_eq!(hook.unpinned(), None);
     hook
 }
 
-async fn listened(hook: &mut ListenHook) -> Listen {
+async fn listened(hook: &mut Hook) -> Listen {
     timeout(DEADLINE, hook.listened()).await.expect("an event within the deadline")
 }
 
@@ -315,7 +343,8 @@ fn pins_come_with_the_hook_and_go_with_it() {
         let hook = attach(&name, &[port.port]);
         let entries = fs::read_dir(pins(&name)).expect("the directory of the pins");
         let entries: HashSet<_> = entries.map(|entry| entry.expect("an entry").file_name()).collect();
-        assert_eq!(entries, drowse_ebpf::map::PINNED.map(Into::into).into());
+        let pinned = drowse_ebpf::map::SHOWN.into_iter().chain(drowse_ebpf::map::KEPT);
+        assert_eq!(entries, pinned.map(Into::into).collect());
         drop(hook);
         assert!(!pins(&name).exists());
     });
@@ -379,7 +408,7 @@ fn two_of_one_name_leave_each_others_pins_alone() {
         let name = name();
         let _first = attach(&name, &[port.port]);
         let id = pinned(&name).info().expect("map info").id();
-        let mut second = ListenHook::attach(&name, &[port.port]).expect("attach another");
+        let mut second = Hook::attach(&name, &[port.port]).expect("attach another");
         let reason = second.unpinned().expect("it has no pins");
         assert!(reason.contains("belongs to a drowse that runs"), "{reason}");
         let _listener = listen_v4(port.port);
@@ -399,7 +428,7 @@ fn odd_names_are_escaped_and_stay_in_their_place() {
             assert_eq!(pins(name).parent(), Some(Path::new("/sys/fs/bpf/drowse")), "{name:?}");
         }
         for name in ["", &"x".repeat(256)] {
-            let hook = ListenHook::attach(name, &[port.port]).expect("attach all the same");
+            let hook = Hook::attach(name, &[port.port]).expect("attach all the same");
             assert!(hook.unpinned().is_some_and(|reason| reason.contains("the name is")), "{name:?}");
         }
     });
@@ -411,7 +440,7 @@ fn without_a_bpf_file_system_only_the_pins_are_missing() {
     isolated(async || {
         mount("none", "/sys/fs/bpf", "tmpfs", MountFlags::empty(), None).expect("hide the BPF file system");
         assert_eq!(availability().bpffs.answer, Answer::No);
-        let mut hook = ListenHook::attach(&name(), &[port.port]).expect("attach all the same");
+        let mut hook = Hook::attach(&name(), &[port.port]).expect("attach all the same");
         let reason = hook.unpinned().expect("it has no pins");
         assert!(reason.contains("mount -t bpf bpf /sys/fs/bpf"), "{reason}");
         let _listener = listen_v4(port.port);
@@ -422,7 +451,7 @@ fn without_a_bpf_file_system_only_the_pins_are_missing() {
 #[test]
 fn a_missing_capability_is_named() {
     if let Some((name, port)) = as_child() {
-        let error = ListenHook::attach(&name, &[port]).expect_err("attach without CAP_BPF");
+        let error = Hook::attach(&name, &[port]).expect_err("attach without CAP_BPF");
         let message = format!("{error:#}");
         assert!(message.contains("missing: CAP_BPF;"), "{message}");
         assert!(message.contains("AmbientCapabilities="), "{message}");
@@ -459,14 +488,14 @@ fn cap_bpf_and_cap_net_admin_are_enough() {
 #[test]
 fn too_many_ports_are_refused() {
     let ports: Vec<u16> = (1..=65).collect();
-    let error = ListenHook::attach("too-many", &ports).expect_err("more ports than fit");
+    let error = Hook::attach("too-many", &ports).expect_err("more ports than fit");
     assert!(error.to_string().contains("at most 64 ports"), "{error:#}");
 }
 
 #[test]
 fn outside_of_a_runtime_it_is_an_error_and_no_panic() {
     isolated(async || {
-        let attached = thread::spawn(|| ListenHook::attach("no-runtime", &[1]).map(drop)).join();
+        let attached = thread::spawn(|| Hook::attach("no-runtime", &[1]).map(drop)).join();
         let error = attached.expect("no panic").expect_err("attach without a runtime");
         assert!(format!("{error:#}").contains("runtime"), "{error:#}");
         assert!(!pins("no-runtime").exists());

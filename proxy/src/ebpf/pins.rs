@@ -1,7 +1,8 @@
 //! Pins: maps under `/sys/fs/bpf/drowse/NAME/`, for `bpftool map dump pinned`.
 //!
-//! Owns: that directory, and the lock on it. Must never: pin a program or a link (they would go on working after us),
-//! or touch the pins of a drowse that runs.
+//! Owns: that directory, and the lock on it; the pins by which the next drowse takes over the counters of flows that
+//! outlive this one. Must never: pin a program or a link (they would go on working after us), or touch the pins of a
+//! drowse that runs.
 //! Rests on: `flock(2)` on a directory, which the kernel releases with the process however it dies; on bpffs refusing
 //! names with a dot (`bpf_lookup` in `kernel/bpf/inode.c`).
 
@@ -12,7 +13,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use aya::Ebpf;
-use drowse_ebpf::map;
+use aya::maps::MapInfo;
+use drowse_ebpf::{Flow, Mark, Service, map};
 use rustix::fs::{FlockOperation, flock};
 
 use super::facts::{self, Answer, BPFFS};
@@ -42,35 +44,53 @@ pub fn pin_name(name: &str) -> anyhow::Result<String> {
 /// Pinned maps. Dropping it removes the pins.
 pub(super) struct Pins {
     directory: PathBuf,
+    /// The pins that the next drowse takes over stay.
+    pub(super) keep: bool,
     /// The directory, locked: while it is open, no other drowse touches the pins.
     _lock: File,
 }
 
 impl Pins {
-    /// Pins the maps of `ebpf` that are meant to be pinned. Pins that a killed drowse of the same name left behind are
-    /// replaced.
+    /// Makes the directory of `name` ours. Pins that a killed drowse of the same name left behind are removed, but for
+    /// those that are taken over and have the shape that they have today.
     ///
     /// # Errors
     /// There is no BPF file system, it may not be written to, or a running drowse has pins of this name.
-    pub(super) fn create(name: &str, ebpf: &Ebpf) -> anyhow::Result<Self> {
+    pub(super) fn claim(name: &str) -> anyhow::Result<Self> {
         let bpffs = facts::bpffs(Path::new(BPFFS));
         if bpffs.answer == Answer::No {
             bail!("{}", bpffs.reason);
         }
         let directory = Path::new(BPFFS).join("drowse").join(pin_name(name)?);
         let lock = lock(&directory)?;
-        let pins = Self { directory, _lock: lock };
-        pins.remove().context("remove the pins of a drowse that was killed")?;
-        for name in map::PINNED {
-            let map = ebpf.map(name).with_context(|| format!("find map {name} in the eBPF object"))?;
-            let path = pins.directory.join(name);
-            map.pin(&path).with_context(|| format!("pin {}", path.display()))?;
+        let pins = Self { directory, keep: false, _lock: lock };
+        pins.remove(&map::SHOWN).context("remove the pins of a drowse that was killed")?;
+        if !pins.kept().all(|(map, path)| has_shape(map, &path)) {
+            pins.remove(&map::KEPT).context("remove the pins of another version of drowse")?;
         }
         Ok(pins)
     }
 
-    fn remove(&self) -> io::Result<()> {
-        for name in map::PINNED {
+    /// The maps that are taken over, or made, with their pins.
+    pub(super) fn kept(&self) -> impl Iterator<Item = (&'static str, PathBuf)> {
+        map::KEPT.into_iter().map(|name| (name, self.directory.join(name)))
+    }
+
+    /// Pins the maps of `ebpf` that are there to be looked at.
+    ///
+    /// # Errors
+    /// A map cannot be pinned.
+    pub(super) fn show(&self, ebpf: &Ebpf) -> anyhow::Result<()> {
+        for name in map::SHOWN {
+            let map = ebpf.map(name).with_context(|| format!("find map {name} in the eBPF object"))?;
+            let path = self.directory.join(name);
+            map.pin(&path).with_context(|| format!("pin {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    fn remove(&self, names: &[&str]) -> io::Result<()> {
+        for name in names {
             match fs::remove_file(self.directory.join(name)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 Ok(()) | Err(_) => {}
@@ -84,10 +104,23 @@ impl Drop for Pins {
     fn drop(&mut self) {
         // What cannot be removed does no harm: maps without program, replaced by the next drowse of this name. The
         // directory goes before the lock does, and only if it is empty.
-        if self.remove().is_ok() {
-            let _ = fs::remove_dir(&self.directory);
+        let _ = self.remove(&map::SHOWN);
+        if !self.keep {
+            let _ = self.remove(&map::KEPT);
         }
+        let _ = fs::remove_dir(&self.directory);
     }
+}
+
+/// Whether the map pinned at `path` is what this build calls `name`.
+fn has_shape(name: &str, path: &Path) -> bool {
+    let value_size = match name {
+        map::MARKS => size_of::<Mark>(),
+        map::FLOWS => size_of::<Flow>(),
+        map::SERVICE => size_of::<Service>(),
+        _ => return false,
+    };
+    path.exists() && MapInfo::from_pin(path).is_ok_and(|info| info.value_size() as usize == value_size)
 }
 
 /// Makes `directory` and locks it.

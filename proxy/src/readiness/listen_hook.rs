@@ -31,36 +31,27 @@ pub struct Listen {
     pub time: Monotonic,
 }
 
-/// The attached listen hook. Dropping it detaches the program and removes its pins.
+/// The events of the listen hook, and the programs' log.
 pub struct ListenHook {
     events: Events,
     log: Log,
-    object: Object,
 }
 
 impl ListenHook {
-    /// Loads the eBPF object under `name` and attaches the hook for `ports`. Blocks for some milliseconds; to be called
-    /// within a tokio runtime (`spawn_blocking`).
+    /// Attaches the hook of `object` for `ports`; it stays attached for as long as the object lives. Blocks for some
+    /// milliseconds; to be called within a tokio runtime (`spawn_blocking`).
     ///
     /// # Errors
-    /// eBPF is not built in or not allowed here, or `ports` are too many. The backend's readiness has then to be
-    /// learnt in another way.
-    pub fn attach(name: &str, ports: &[u16]) -> anyhow::Result<Self> {
+    /// The kernel refuses, or `ports` are too many. The backend's readiness has then to be learnt in another way.
+    pub fn attach(object: &mut Object, ports: &[u16]) -> anyhow::Result<Self> {
         if ports.len() > abi::PORTS_MAX {
             bail!("the listen hook watches at most {} ports, not {}", abi::PORTS_MAX, ports.len());
         }
-        let mut object = Object::load(name)?;
-        watch(&mut object, ports)?;
-        let events = Events::new(&mut object)?;
+        watch(object, ports)?;
+        let events = Events::new(object)?;
         let log = object.log()?;
-        attach_to_root(&mut object)?;
-        Ok(Self { events, log, object })
-    }
-
-    /// Why the maps are not pinned for `bpftool`, if they are not: for one line of log.
-    #[must_use]
-    pub fn unpinned(&self) -> Option<&str> {
-        self.object.unpinned()
+        attach_to_root(object)?;
+        Ok(Self { events, log })
     }
 
     /// The next time somebody begins to listen on a watched port, since [`ListenHook::attach`]. Pending for ever when
@@ -89,14 +80,14 @@ impl fmt::Debug for ListenHook {
 
 /// Writes down which ports are watched, before anybody reads it.
 fn watch(object: &mut Object, ports: &[u16]) -> anyhow::Result<()> {
-    let mut listens = object.hash_map::<u32, abi::Listens>(abi::map::LISTENS)?;
+    let mut listens = object.hash_map_mut::<u32, abi::Listens>(abi::map::LISTENS)?;
     for &port in ports {
         let zero = abi::Listens::default();
         listens
             .insert(u32::from(port), zero, 0)
             .with_context(|| format!("make a counter for port {port}"))?;
     }
-    let mut interests = object.hash_map::<u32, abi::Interest>(abi::map::PORTS)?;
+    let mut interests = object.hash_map_mut::<u32, abi::Interest>(abi::map::PORTS)?;
     for &port in ports {
         let listen = abi::Interest { listen: 1 };
         interests.insert(u32::from(port), listen, 0).with_context(|| format!("watch port {port}"))?;
@@ -107,7 +98,7 @@ fn watch(object: &mut Object, ports: &[u16]) -> anyhow::Result<()> {
 fn attach_to_root(object: &mut Object) -> anyhow::Result<()> {
     let root = facts::cgroup2_root()?;
     let cgroup = std::fs::File::open(&root).with_context(|| format!("open cgroup {}", root.display()))?;
-    let program = object.program::<SockOps>(abi::program::LISTEN_HOOK)?;
+    let program = object.program::<SockOps>(abi::program::OBSERVE)?;
     program.load().map_err(ebpf::explain).context("load the listen hook")?;
     // The mode is for the older way to attach; a link always goes beside the links of others.
     let attached = program.attach(cgroup, CgroupAttachMode::Single).map_err(ebpf::explain);

@@ -45,7 +45,7 @@ pub fn changes_within(state: &State, now: Monotonic) -> Option<Duration> {
 }
 
 fn flows(totals: &Totals) -> String {
-    match totals.flows_open {
+    match totals.flows_open + totals.handed_off_open {
         0 => "no flow".to_owned(),
         1 => "1 flow".to_owned(),
         open => format!("{open} flows"),
@@ -56,7 +56,7 @@ fn idle(lifecycle: &Lifecycle, totals: &Totals, now: Monotonic) -> String {
     match lifecycle.idle(totals, now) {
         Some(Decision::WaitUntil(Monotonic::MAX)) | None => ", never put to sleep".to_owned(),
         Some(Decision::WaitUntil(at)) => format!(", idle in {}", rough(at.saturating_sub(now))),
-        Some(Decision::Busy | Decision::Settle) => String::new(),
+        Some(Decision::Busy | Decision::LookAt(_) | Decision::Settle) => String::new(),
     }
 }
 

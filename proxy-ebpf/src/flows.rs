@@ -1,0 +1,318 @@
+//! The flows that were handed off: counted when they open and close, inspected when user space asks.
+//!
+//! Owns: [`MARKS`], [`FLOWS`], [`SERVICE`]. Must never: run for each packet; an open flow costs nothing until somebody
+//! wants to know.
+//! Rests on: socket storage with `BPF_F_CLONE` being inherited by what a listener accepts before the callback
+//! `PASSIVE_ESTABLISHED` (`sk_clone_lock` in `net/core/sock.c`; Linux 5.4); a state callback staying on for the life of
+//! its socket; `bpf_tcp_sock` (5.1) and `bpf_sk_lookup_tcp` (4.20), which finds a connection in the namespace of the
+//! frame that the classifier is run with.
+
+use core::ptr;
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::{
+    BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_STATE_CB_FLAG,
+    bpf_map_type, bpf_sock,
+};
+use aya_ebpf::btf_maps::{Array, HashMap};
+use aya_ebpf::helpers::{
+    bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_sk_release, bpf_sk_storage_get, bpf_tcp_sock,
+};
+use aya_ebpf::macros::{btf_map, classifier};
+use aya_ebpf::programs::{SockOpsContext, TcContext};
+use aya_log_ebpf::{debug, warn};
+use drowse_ebpf::{
+    ETHERNET_BYTES, Endpoint, FAMILY_V4, FAMILY_V6, FLOWS_MAX, Flow, INSPECTED_MAX, Mark, Service,
+};
+
+use crate::observe::{Address, local_address, remote_address};
+use crate::{atomic, find, steer};
+
+/// The open flows, by socket cookie. Without preallocation: most services have few.
+#[btf_map]
+pub static FLOWS: HashMap<u64, Flow, FLOWS_MAX, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+
+/// The counters.
+#[btf_map]
+pub static SERVICE: Array<Service, 1> = Array::new();
+
+/// The marks, inherited. (The map type of aya has no flags.)
+#[btf_map]
+pub static MARKS: InheritedStorage<Mark> = InheritedStorage::new();
+
+/// Socket storage that a connection inherits from the listener that accepted it.
+#[repr(C)]
+pub struct InheritedStorage<T> {
+    r#type: *const [i32; bpf_map_type::BPF_MAP_TYPE_SK_STORAGE as usize],
+    key: *const i32,
+    value: *const T,
+    max_entries: *const [i32; 0],
+    map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
+}
+
+// SAFETY: the pointers are placeholders for the loader and never followed.
+unsafe impl<T> Sync for InheritedStorage<T> {}
+
+impl<T> InheritedStorage<T> {
+    const fn new() -> Self {
+        Self {
+            r#type: ptr::null(),
+            key: ptr::null(),
+            value: ptr::null(),
+            max_entries: ptr::null(),
+            map_flags: ptr::null(),
+        }
+    }
+
+    /// The mark of `socket`; made first with `BPF_SK_STORAGE_GET_F_CREATE`. Null if there is none.
+    ///
+    /// # Safety
+    /// `socket` is a full socket that the kernel gave to this program.
+    #[inline(always)]
+    unsafe fn get(&self, socket: *mut bpf_sock, flags: u32) -> *mut T {
+        // SAFETY: the caller's promise; the verifier checks it again.
+        unsafe {
+            let map = ptr::from_ref(self).cast_mut().cast();
+            bpf_sk_storage_get(map, socket.cast(), ptr::null_mut(), u64::from(flags)).cast()
+        }
+    }
+}
+
+/// Marks a listener, so that what it accepts is told from other connections. Returns whether it is marked.
+///
+/// # Safety
+/// `listener` is a socket that the kernel gave to this program and that was not released yet.
+#[inline(always)]
+pub unsafe fn mark(listener: *mut bpf_sock) -> bool {
+    // SAFETY: the caller's promise.
+    let mark = unsafe { MARKS.get(listener, BPF_SK_STORAGE_GET_F_CREATE) };
+    !mark.is_null()
+}
+
+/// Flows that are open.
+#[inline(always)]
+pub fn open() -> u64 {
+    // SAFETY: a read of one word, which others only add to.
+    SERVICE.get_ptr(0).map_or(0, |service| unsafe { ptr::addr_of!((*service).flows_open).read_volatile() })
+}
+
+/// Why a connection is not a flow of ours.
+enum Uncounted {
+    /// Its listener is not marked, or it came to the backend's own address.
+    NotOurs,
+    /// No room; counted in [`Service::uncounted_total`].
+    Full,
+}
+
+/// A connection was accepted by somebody.
+#[inline(always)]
+pub fn established(ctx: &SockOpsContext) {
+    match try_established(ctx) {
+        Ok(cookie) => debug!(ctx, "flow {} was handed off", cookie),
+        Err(Uncounted::Full) => warn!(ctx, "a flow was handed off that there is no room to count"),
+        Err(Uncounted::NotOurs) => {}
+    }
+}
+
+#[inline(always)]
+fn try_established(ctx: &SockOpsContext) -> Result<u64, Uncounted> {
+    // SAFETY: the kernel passed the context in; the socket is checked before it is used.
+    let mark = unsafe {
+        let socket = ptr::addr_of!((*ctx.ops).__bindgen_anon_2.sk).read_volatile();
+        if socket.is_null() {
+            return Err(Uncounted::NotOurs);
+        }
+        MARKS.get(socket, 0)
+    };
+    if mark.is_null() {
+        return Err(Uncounted::NotOurs);
+    }
+    let (local_port, socket_family) = (ctx.local_port(), ctx.family());
+    let (local, remote) = (local_address(ctx), remote_address(ctx));
+    let (family, local) = as_packets_have_it(socket_family, local).ok_or(Uncounted::NotOurs)?;
+    let (_, client) = as_packets_have_it(socket_family, remote).ok_or(Uncounted::NotOurs)?;
+    steer::entry(local, local_port, family).ok_or(Uncounted::NotOurs)?;
+    // SAFETY: both helpers only read; the first one wants the context that the kernel passed in.
+    let (cookie, now_ns) = unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), bpf_ktime_get_ns()) };
+    let client_port = u32::from_be(ctx.remote_port());
+    let flow = Flow {
+        opened_ns: now_ns,
+        last_activity_ns: now_ns,
+        bytes_to_backend: 0,
+        bytes_to_client: 0,
+        client,
+        local,
+        client_port,
+        local_port,
+        family,
+        reserved: 0,
+    };
+    let service = SERVICE.get_ptr_mut(0).ok_or(Uncounted::NotOurs)?;
+    if FLOWS.insert(cookie, flow, u64::from(BPF_NOEXIST)).is_err() {
+        // SAFETY: the verifier has checked the pointer.
+        unsafe { atomic::add(ptr::addr_of_mut!((*service).uncounted_total), 1) };
+        return Err(Uncounted::Full);
+    }
+    // SAFETY: the verifier has checked both pointers; totals are added to atomically.
+    unsafe {
+        ptr::addr_of_mut!((*mark).cookie).write_volatile(cookie);
+        atomic::add(ptr::addr_of_mut!((*service).flows_open), 1);
+        atomic::add(ptr::addr_of_mut!((*service).flows_total), 1);
+        touch(service, now_ns);
+    }
+    // A flow whose end nobody hears of would keep the backend awake; an inspection at a take-over finds it.
+    let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
+    let _ = ctx.set_cb_flags(flags.cast_signed());
+    Ok(cookie)
+}
+
+/// IPv4 on an IPv6 socket is IPv4 to those who look at packets.
+#[inline(always)]
+fn as_packets_have_it(family: u32, address: Address) -> Option<(u32, [u32; 4])> {
+    let [a, b, c, d] = address.ip6;
+    match family {
+        FAMILY_V4 => Some((FAMILY_V4, [address.ip4, 0, 0, 0])),
+        FAMILY_V6 if a == 0 && b == 0 && c == u32::to_be(0xffff) => Some((FAMILY_V4, [d, 0, 0, 0])),
+        FAMILY_V6 => Some((FAMILY_V6, address.ip6)),
+        _ => None,
+    }
+}
+
+/// A socket with a state callback went over to another state.
+#[inline(always)]
+pub fn state_changed(ctx: &SockOpsContext) {
+    /// `BPF_TCP_CLOSE`.
+    const CLOSED: u32 = 7;
+    if ctx.arg(1) != CLOSED {
+        return;
+    }
+    // SAFETY: the helper wants the context that the kernel passed in.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let Some(flow) = FLOWS.get_ptr_mut(cookie) else { return };
+    let Some(service) = SERVICE.get_ptr_mut(0) else { return };
+    // SAFETY: the kernel passed the context in; the verifier has checked the other pointers. The read is of two
+    // counters of the socket, the write is under the same rule as in an inspection.
+    unsafe {
+        let received = ptr::addr_of!((*ctx.ops).bytes_received).read_volatile();
+        let acked = ptr::addr_of!((*ctx.ops).bytes_acked).read_volatile();
+        let now_ns = bpf_ktime_get_ns();
+        account(flow, service, received, acked, now_ns);
+        touch(service, now_ns);
+        forget(service, cookie);
+    }
+    debug!(ctx, "flow {} closed", cookie);
+}
+
+/// Takes a flow out of the books. Whoever removes the entry counts it, so it is counted once.
+///
+/// # Safety
+/// `service` points to the entry of [`SERVICE`].
+#[inline(always)]
+unsafe fn forget(service: *mut Service, cookie: u64) {
+    if FLOWS.remove(cookie).is_ok() {
+        // SAFETY: the caller's promise. Adding the largest number takes one off.
+        unsafe { atomic::add(ptr::addr_of_mut!((*service).flows_open), u64::MAX) };
+    }
+}
+
+/// Writes down how far a connection has got. Returns whether it has moved since.
+///
+/// A state callback and an inspection may be here at once for one flow: then both add, and the totals are a little too
+/// high; nothing is ever counted as silent that moved.
+///
+/// # Safety
+/// The pointers are to entries of [`FLOWS`] and [`SERVICE`].
+#[inline(always)]
+unsafe fn account(flow: *mut Flow, service: *mut Service, received: u64, acked: u64, now_ns: u64) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (to_backend, to_client) =
+            (ptr::addr_of_mut!((*flow).bytes_to_backend), ptr::addr_of_mut!((*flow).bytes_to_client));
+        let more_to_backend = received.wrapping_sub(to_backend.read_volatile());
+        let more_to_client = acked.wrapping_sub(to_client.read_volatile());
+        if more_to_backend == 0 && more_to_client == 0 {
+            return false;
+        }
+        to_backend.write_volatile(received);
+        to_client.write_volatile(acked);
+        ptr::addr_of_mut!((*flow).last_activity_ns).write_volatile(now_ns);
+        atomic::add(ptr::addr_of_mut!((*service).bytes_to_backend), more_to_backend);
+        atomic::add(ptr::addr_of_mut!((*service).bytes_to_client), more_to_client);
+    }
+    true
+}
+
+/// # Safety
+/// `service` points to the entry of [`SERVICE`].
+#[inline(always)]
+unsafe fn touch(service: *mut Service, now_ns: u64) {
+    // SAFETY: the caller's promise. The last writer's time stays, which is what the field means.
+    unsafe { ptr::addr_of_mut!((*service).last_activity_ns).write_volatile(now_ns) };
+}
+
+/// Entry point: see [`drowse_ebpf::Inspection`]. Run once for each cookie, by the kernel's own loop (`repeat`): one in the
+/// program would be too much for the verifier. The packet's control buffer lives through all runs and counts them.
+#[expect(clippy::needless_pass_by_value, reason = "the signature that aya's macro asks for")]
+#[classifier]
+pub fn inspect_flows(ctx: TcContext) -> i32 {
+    // SAFETY: the kernel passed the context in and allows reads and writes of the control buffer.
+    let run = unsafe {
+        let runs: *mut u32 = ptr::addr_of_mut!((*ctx.skb.skb).cb).cast();
+        let run = runs.read_volatile();
+        runs.write_volatile(run + 1);
+        run as usize
+    };
+    if run < INSPECTED_MAX
+        && let Some(service) = SERVICE.get_ptr_mut(0)
+        && let Ok([_, remove]) = ctx.load::<[u32; 2]>(ETHERNET_BYTES)
+        && let Ok(cookie) = ctx.load::<u64>(ETHERNET_BYTES + 8 + 8 * run)
+    {
+        inspect(&ctx, service, cookie, remove != 0);
+    }
+    0
+}
+
+#[inline(always)]
+fn inspect(ctx: &TcContext, service: *mut Service, cookie: u64, remove: bool) {
+    let Some(flow) = FLOWS.get_ptr_mut(cookie) else { return };
+    // SAFETY: the verifier has checked the pointer; these fields are never written once the entry is in the map.
+    let (client, local, client_port) = unsafe {
+        let local = Endpoint { address: (*flow).local, port: (*flow).local_port, family: (*flow).family };
+        ((*flow).client, local, (*flow).client_port)
+    };
+    let socket = find::socket(ctx, &local, client, client_port);
+    // SAFETY: the socket is released before this returns; the other pointers are to entries of the maps.
+    unsafe {
+        let is_there = !socket.is_null() && is_flow(socket, cookie) && {
+            let tcp = bpf_tcp_sock(socket);
+            if !tcp.is_null() {
+                let received = ptr::addr_of!((*tcp).bytes_received).read_volatile();
+                let acked = ptr::addr_of!((*tcp).bytes_acked).read_volatile();
+                let now_ns = bpf_ktime_get_ns();
+                if account(flow, service, received, acked, now_ns) {
+                    touch(service, now_ns);
+                }
+            }
+            true
+        };
+        if !socket.is_null() {
+            bpf_sk_release(socket.cast());
+        }
+        if !is_there && remove {
+            forget(service, cookie);
+        }
+    }
+}
+
+/// Whether `socket` is the one that was counted under `cookie`, and not a later one with the same addresses.
+///
+/// # Safety
+/// `socket` is one that the kernel gave to this program and that was not released yet.
+#[inline(always)]
+unsafe fn is_flow(socket: *mut bpf_sock, cookie: u64) -> bool {
+    // SAFETY: the caller's promise; the mark is checked before it is read.
+    unsafe {
+        let mark = MARKS.get(socket, 0);
+        !mark.is_null() && ptr::addr_of!((*mark).cookie).read_volatile() == cookie
+    }
+}

@@ -1,0 +1,443 @@
+//! What of drowse runs inside the kernel: the eBPF object, loaded once, with the listen hook and the hand-off in it.
+//!
+//! Owns: when the object is loaded, whether new connections are steered at this moment, and the reason why not. Must
+//! never: delay a client (loading takes place in a thread, beside the backend's start), or decide when to hand off.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use drowse_ebpf::{Endpoint, FAMILY_V4, FAMILY_V6, Service};
+use rustix::thread::{MembarrierCommand, membarrier};
+use tracing::{debug, info, warn};
+
+use crate::address::Address;
+use crate::clock::{self, Monotonic};
+use crate::config::{PlaneChoice, RunArgs, Switch};
+use crate::ebpf::Object;
+use crate::plane::choose::{self, ListenerFacts};
+use crate::plane::handoff::{self, Found, Handoff};
+use crate::readiness::listen_hook::ListenHook;
+use crate::sockets;
+
+/// How long the lookup of the backend's name may hold up the loading. Later its address is learnt from a connection.
+const LOOKUP_TIME: Duration = Duration::from_millis(100);
+/// The shortest time between two searches for the backend's listeners that no event asks for.
+const SEARCH_PAUSE: Duration = Duration::from_secs(1);
+
+/// What the kernel has to tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum News {
+    /// The object is loaded, or it is known that it cannot be. From now on [`Kernel::is_hooked`] is what it will be.
+    Loaded,
+    /// Somebody began to listen on the backend's port.
+    Listened,
+}
+
+/// One of drowse's listeners, as far as hand-off goes.
+#[derive(Clone, Debug)]
+struct Public {
+    name: String,
+    /// Its addresses as packets have them, or why its connections cannot be handed off.
+    endpoints: Result<Vec<Endpoint>, String>,
+}
+
+/// How new connections to one listener travel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenerView {
+    /// The listener, as people know it.
+    pub name: String,
+    /// Why its connections are proxied, or those of one family. `None`: all are handed off.
+    pub reason: Option<String>,
+}
+
+/// What the backend has against a hand-off.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum BackendSays {
+    NotAsked,
+    Nothing,
+    Against(String),
+}
+
+/// What a search for the backend's listeners is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Search {
+    /// Something changed.
+    Due,
+    /// Nothing did since this moment.
+    Done(Monotonic),
+}
+
+/// The object and what is done with it. Dropped in this order: steering ends, then the programs are detached.
+#[derive(Debug)]
+struct Loaded {
+    handoff: Result<Handoff, String>,
+    hook: ListenHook,
+    object: Object,
+}
+
+enum Stage {
+    /// Nobody asked for it yet.
+    Unused,
+    Loading(Pin<Box<dyn Future<Output = anyhow::Result<Loaded>>>>),
+    Loaded(Box<Loaded>),
+    /// It cannot be loaded.
+    Refused,
+}
+
+/// See the module.
+pub struct Kernel {
+    name: String,
+    backend: Address,
+    /// Flows that are open when we exit go on without us.
+    flows_outlive_us: bool,
+    warns: bool,
+    public: Vec<Public>,
+    /// What the options, or the kernel, have against a hand-off.
+    obstacle: Option<String>,
+    backend_says: BackendSays,
+    stage: Stage,
+    /// New connections are to be handed off, if possible.
+    wanted: bool,
+    search: Search,
+    /// The reason, or the success, was logged.
+    told: Option<String>,
+}
+
+impl Kernel {
+    /// Nothing is loaded yet. `flows_outlive_us`: the backend goes on when drowse exits.
+    #[must_use]
+    pub fn new(run: &RunArgs, listeners: &[ListenerFacts], flows_outlive_us: bool) -> Self {
+        let public = listeners
+            .iter()
+            .map(|listener| Public { name: listener.name.clone(), endpoints: choose::endpoints(listener) });
+        Self {
+            name: run.service_name(),
+            backend: run.backend.clone(),
+            flows_outlive_us,
+            warns: run.plane == PlaneChoice::Handoff,
+            public: public.collect(),
+            obstacle: choose::obstacle(run),
+            backend_says: BackendSays::NotAsked,
+            stage: if run.ebpf == Switch::Off { Stage::Refused } else { Stage::Unused },
+            wanted: false,
+            search: Search::Due,
+            told: None,
+        }
+    }
+
+    /// Begins to load, unless that was done, or there is no use for it. [`News::Loaded`] follows.
+    pub fn load(&mut self) {
+        let Some(port) = self.backend.port() else { return };
+        if !matches!(self.stage, Stage::Unused) {
+            return;
+        }
+        let name = self.name.clone();
+        let public = self.endpoints();
+        let (backend, obstacle, keep) = (self.backend.clone(), self.obstacle.clone(), self.flows_outlive_us);
+        self.stage = Stage::Loading(Box::pin(async move {
+            let resolved = tokio::time::timeout(LOOKUP_TIME, backend.resolve()).await;
+            let addresses = resolved.map_or_else(|_late| Vec::new(), Result::unwrap_or_default);
+            let backend: Vec<Endpoint> = addresses
+                .iter()
+                .filter_map(|address| Some(choose::backend_endpoint(address.as_socket()?)))
+                .collect();
+            let load = move || Loaded::new(&name, port, obstacle.map_or(Ok((&public, &backend)), Err), keep);
+            tokio::task::spawn_blocking(load).await.context("load the eBPF object")?
+        }));
+    }
+
+    /// Whether the listen hook sees every listen.
+    #[must_use]
+    pub fn is_hooked(&self) -> bool {
+        matches!(self.stage, Stage::Loaded(_))
+    }
+
+    /// Whether flows that were handed off may be open without being counted, because the object is being loaded.
+    #[must_use]
+    pub fn is_loading(&self) -> bool {
+        matches!(self.stage, Stage::Loading(_))
+    }
+
+    /// The next thing that the kernel has to tell. Cancel safe.
+    pub async fn next(&mut self) -> News {
+        match &mut self.stage {
+            Stage::Unused | Stage::Refused => std::future::pending().await,
+            Stage::Loading(loading) => {
+                let loaded = loading.await;
+                self.use_loaded(loaded);
+                News::Loaded
+            }
+            Stage::Loaded(loaded) => {
+                loaded.hook.listened().await;
+                self.search = Search::Due;
+                News::Listened
+            }
+        }
+    }
+
+    fn use_loaded(&mut self, loaded: anyhow::Result<Loaded>) {
+        match loaded {
+            Ok(loaded) => {
+                if let Some(reason) = loaded.object.unpinned() {
+                    info!("eBPF maps are not pinned: {reason}");
+                }
+                if let Err(reason) = &loaded.handoff {
+                    self.obstacle.get_or_insert_with(|| reason.clone());
+                }
+                debug!("the listen hook is attached");
+                self.stage = Stage::Loaded(Box::new(loaded));
+            }
+            Err(error) => {
+                info!("readiness by retried connects, no listen hook: {error:#}");
+                self.obstacle.get_or_insert_with(|| format!("{error:#}"));
+                self.stage = Stage::Refused;
+            }
+        }
+        self.search = Search::Due;
+        self.tell_obstacle();
+    }
+
+    /// What the backend has against its clients coming straight to it, if anything.
+    pub fn set_backend_obstacle(&mut self, obstacle: Option<String>) {
+        self.backend_says = obstacle.map_or(BackendSays::Nothing, BackendSays::Against);
+        self.search = Search::Due;
+        self.tell_obstacle();
+    }
+
+    /// Hands new connections off from now on, or no more. Off takes effect at once but for handshakes under way, see
+    /// [`Kernel::last_look`].
+    pub fn hand_off(&mut self, wanted: bool) {
+        if wanted != self.wanted {
+            self.wanted = wanted;
+            self.search = Search::Due;
+        }
+        let allowed = self.wanted && self.obstacle.is_none() && self.backend_says == BackendSays::Nothing;
+        let Stage::Loaded(loaded) = &mut self.stage else { return };
+        let Ok(handoff) = &mut loaded.handoff else { return };
+        if !allowed {
+            handoff.stop_steering();
+            return;
+        }
+        if self.search == Search::Due {
+            self.search = Search::Done(clock::now());
+            match handoff.steer(&mut loaded.object) {
+                Ok(()) => self.tell_found(),
+                Err(error) => {
+                    handoff.stop_steering();
+                    self.obstacle = Some(format!("{error:#}"));
+                    self.tell_obstacle();
+                }
+            }
+        }
+    }
+
+    /// A client came to drowse and was connected to the backend at `peer`, although new connections are handed off: the
+    /// backend's listeners may have changed.
+    pub fn was_bypassed(&mut self, peer: Option<SocketAddr>) {
+        let Stage::Loaded(loaded) = &mut self.stage else { return };
+        let Ok(handoff) = &mut loaded.handoff else { return };
+        let is_news = peer.is_some_and(|peer| handoff.learn(choose::backend_endpoint(peer)));
+        let is_old =
+            matches!(self.search, Search::Done(at) if clock::now().saturating_sub(at) >= SEARCH_PAUSE);
+        if is_news || is_old {
+            self.search = Search::Due;
+        }
+    }
+
+    /// The counters of handed-off flows. All zero if there were none.
+    #[must_use]
+    pub fn service(&self) -> Service {
+        let Stage::Loaded(loaded) = &self.stage else { return Service::default() };
+        if loaded.handoff.is_err() {
+            return Service::default();
+        }
+        handoff::service(&loaded.object).unwrap_or_else(|error| {
+            warn!("{error:#}");
+            Service::default()
+        })
+    }
+
+    /// Brings the bytes and the activity of open handed-off flows up to date; a microsecond for each.
+    pub fn inspect(&mut self) {
+        let Stage::Loaded(loaded) = &mut self.stage else { return };
+        if loaded.handoff.is_ok()
+            && let Err(error) = handoff::inspect(&mut loaded.object, false)
+        {
+            warn!("{error:#}");
+        }
+    }
+
+    /// After the hand-off ended: whether somebody is half-way to the backend, in a handshake or in its accept queue.
+    /// Nobody is, unless connections were handed off.
+    pub fn last_look(&self) -> impl Future<Output = bool> + use<> {
+        let backend: Vec<SocketAddr> = match &self.stage {
+            Stage::Loaded(loaded) => loaded.handoff.iter().flat_map(Handoff::found).map(as_address).collect(),
+            Stage::Unused | Stage::Loading(_) | Stage::Refused => Vec::new(),
+        };
+        let public: Vec<SocketAddr> = self.endpoints().iter().map(|end| as_address(&(*end, ()))).collect();
+        async move {
+            if backend.is_empty() {
+                return false;
+            }
+            let look = move || {
+                // A SYN that the steering program saw before it was detached is in the tables when this returns: packets
+                // are received under RCU, and this waits for all of them (`synchronize_rcu`, membarrier(2)).
+                membarrier(MembarrierCommand::Global).context("wait for packets that are being received")?;
+                sockets::look(&public, &backend).context("read /proc/self/net/tcp")
+            };
+            match tokio::task::spawn_blocking(look).await.context("look for handshakes").flatten() {
+                Ok(seen) => seen.handshakes + seen.queued > 0,
+                Err(error) => {
+                    warn!("cannot look whether somebody is about to connect, so it stays awake: {error:#}");
+                    true
+                }
+            }
+        }
+    }
+
+    /// Whether new connections are handed off at this moment.
+    #[must_use]
+    pub fn is_steering(&self) -> bool {
+        matches!(&self.stage, Stage::Loaded(loaded) if loaded.handoff.as_ref().is_ok_and(Handoff::is_steering))
+    }
+
+    /// Why nothing is handed off, now or ever.
+    #[must_use]
+    pub fn obstacle(&self) -> Option<&str> {
+        match (&self.obstacle, &self.backend_says) {
+            (Some(reason), _) | (None, BackendSays::Against(reason)) => Some(reason),
+            (None, BackendSays::NotAsked | BackendSays::Nothing) => None,
+        }
+    }
+
+    /// How new connections to each listener travel while the backend is awake.
+    #[must_use]
+    pub fn listeners(&self) -> Vec<ListenerView> {
+        self.public
+            .iter()
+            .map(|public| {
+                let reason = match (&public.endpoints, self.obstacle()) {
+                    (_, Some(obstacle)) => Some(obstacle.to_owned()),
+                    (Err(reason), None) => Some(reason.clone()),
+                    (Ok(endpoints), None) => self.uncovered(endpoints),
+                };
+                ListenerView { name: public.name.clone(), reason }
+            })
+            .collect()
+    }
+
+    /// Which of a listener's families the backend's listeners do not fit.
+    fn uncovered(&self, endpoints: &[Endpoint]) -> Option<String> {
+        let Stage::Loaded(loaded) = &self.stage else { return None };
+        let found = loaded.handoff.as_ref().ok()?.found();
+        if let Some((_, why)) =
+            found.first().filter(|_| found.iter().all(|(_, found)| *found != Found::Listener))
+        {
+            return (self.search != Search::Due && self.wanted).then(|| self.why_not(*why));
+        }
+        let missing = |family| {
+            let one = endpoints.iter().find(|endpoint| endpoint.family == family)?;
+            let seen = handoff::steered(&loaded.object, one).ok()?;
+            let fits = found.iter().any(|(at, found)| *found == Found::Listener && at.family == family);
+            (!fits && seen.steered_total == 0).then_some(family)
+        };
+        let family =
+            if missing(FAMILY_V6).is_some() { "IPv6" } else { missing(FAMILY_V4).map(|_| "IPv4")? };
+        Some(format!("{family} is proxied: the backend's address {} is of the other family", self.backend))
+    }
+
+    fn why_not(&self, found: Found) -> String {
+        let backend = &self.backend;
+        match found {
+            Found::Listener => String::new(),
+            Found::Nobody => {
+                format!(
+                    "no socket of this network namespace listens at {backend}: a container or another machine does"
+                )
+            }
+            Found::Refused => format!(
+                "the listener at {backend} is of MPTCP or has an upper layer protocol; a backend written in Go needs \
+                 GODEBUG=multipathtcp=0"
+            ),
+            Found::NoMemory => "the kernel has no memory for it".to_owned(),
+        }
+    }
+
+    fn endpoints(&self) -> Vec<Endpoint> {
+        self.public.iter().filter_map(|public| public.endpoints.as_ref().ok()).flatten().copied().collect()
+    }
+
+    /// One line of log for each new reason why nothing is handed off.
+    fn tell_obstacle(&mut self) {
+        if let Some(reason) = self.obstacle().map(str::to_owned) {
+            self.tell(format!("connections are not handed off: {reason}"), self.warns);
+        }
+    }
+
+    /// One line of log for what a search found, if that is news.
+    fn tell_found(&mut self) {
+        let Stage::Loaded(loaded) = &self.stage else { return };
+        let Ok(handoff) = &loaded.handoff else { return };
+        let line = if handoff.is_steering() {
+            format!("new connections go straight to {} (hand-off)", self.backend)
+        } else {
+            let why = handoff.found().first().map_or(Found::Nobody, |(_, found)| *found);
+            format!("connections are not handed off: {}", self.why_not(why))
+        };
+        let warns = self.warns && !handoff.is_steering();
+        self.tell(line, warns);
+        for listener in self.listeners() {
+            if let Some(reason) = listener.reason {
+                debug!("listener {}: {reason}", listener.name);
+            }
+        }
+    }
+
+    fn tell(&mut self, line: String, warns: bool) {
+        if self.told.as_ref() == Some(&line) {
+            return;
+        }
+        if warns {
+            warn!("{line}");
+        } else {
+            info!("{line}");
+        }
+        self.told = Some(line);
+    }
+}
+
+impl Loaded {
+    /// Loads the object and attaches the listen hook for `port`. `wanted`: the addresses to hand off from and to, or why
+    /// there will be no hand-off.
+    fn new(
+        name: &str,
+        port: u16,
+        wanted: Result<(&Vec<Endpoint>, &Vec<Endpoint>), String>,
+        keep_flows: bool,
+    ) -> anyhow::Result<Self> {
+        let mut object = Object::load(name)?;
+        object.keep_flows(keep_flows);
+        let hook = ListenHook::attach(&mut object, &[port])?;
+        let handoff = wanted.and_then(|(public, backend)| {
+            Handoff::prepare(&mut object, public, backend).map_err(|error| format!("{error:#}"))
+        });
+        Ok(Self { handoff, hook, object })
+    }
+}
+
+fn as_address<T>((end, _): &(Endpoint, T)) -> SocketAddr {
+    let port = u16::try_from(end.port).unwrap_or(0);
+    let [a, b, c, d] = end.address;
+    if end.family == FAMILY_V4 {
+        SocketAddr::from((a.to_ne_bytes(), port))
+    } else {
+        let bits = [a, b, c, d]
+            .map(u32::from_be)
+            .into_iter()
+            .fold(0_u128, |bits, word| bits << 32 | u128::from(word));
+        SocketAddr::from((bits.to_be_bytes(), port))
+    }
+}

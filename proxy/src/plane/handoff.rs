@@ -1,0 +1,188 @@
+//! The plane `handoff`: while the backend is awake, new connections go straight to its own listener.
+//!
+//! Owns: the steering program's attachment, the backend's listeners in their slots, the counters of handed-off flows.
+//! Must never: decide when to steer, or hold a flow: what was handed off belongs to the backend alone.
+//! Rests on: `sk_lookup` programs of a network namespace being attached by a `bpf_link` that is not pinned (Linux 5.9), so
+//! that they are gone with the process however it dies; a sockmap letting go of a listener that closes.
+
+use std::fs::File;
+
+use anyhow::{Context as _, bail};
+use aya::programs::sk_lookup::SkLookupLink;
+use aya::programs::{SchedClassifier, SkLookup};
+use drowse_ebpf::{self as abi, Endpoint, Flow, Inspection, Search, Service, Steered};
+
+use crate::ebpf::{self, Object};
+
+/// Slots for each of the backend's addresses: members of a `SO_REUSEPORT` group that are looked for, so that steering
+/// goes on when one of them closes.
+const SLOTS_PER_ADDRESS: u32 = 4;
+/// The most addresses of a backend whose listeners are looked for.
+const ADDRESSES_MAX: usize = (abi::LISTENERS_MAX / SLOTS_PER_ADDRESS) as usize;
+const _: () = assert!(ADDRESSES_MAX >= 2);
+
+/// What was found at one of the backend's addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Its listener is in a slot.
+    Listener,
+    /// Nobody listens there, in this network namespace.
+    Nobody,
+    /// Its listener cannot be in a sockmap.
+    Refused,
+    /// There was no memory for it.
+    NoMemory,
+}
+
+/// The plane, prepared: programs loaded, nothing attached.
+#[derive(Debug)]
+pub struct Handoff {
+    backend: Vec<(Endpoint, Found)>,
+    /// Steering is on while this lives.
+    link: Option<SkLookupLink>,
+}
+
+impl Handoff {
+    /// Prepares the plane in `object`, whose listen hook is attached: connections to `public` will go to the listeners
+    /// of `backend`. Takes up the flows that an earlier drowse of the same name handed off. Blocks for some
+    /// milliseconds.
+    ///
+    /// # Errors
+    /// The maps are not pinned (then those flows could not be taken up), there are too many addresses, or the kernel
+    /// refuses.
+    pub fn prepare(object: &mut Object, public: &[Endpoint], backend: &[Endpoint]) -> anyhow::Result<Self> {
+        if let Some(reason) = object.unpinned() {
+            bail!("its counters have to outlive drowse, and they cannot be pinned: {reason}");
+        }
+        if public.len() > abi::PUBLIC_MAX {
+            bail!(
+                "drowse listens on {} addresses, and at most {} are handed off",
+                public.len(),
+                abi::PUBLIC_MAX
+            );
+        }
+        let mut steered = object.hash_map_mut::<Endpoint, Steered>(abi::map::PUBLIC)?;
+        for endpoint in public {
+            steered.insert(endpoint, Steered::default(), 0).context("make a counter for a public address")?;
+        }
+        let steer: &mut SkLookup = object.program(abi::program::STEER)?;
+        steer.load().map_err(ebpf::explain).context("load the steering program")?;
+        for name in [abi::program::FIND_LISTENER, abi::program::INSPECT_FLOWS] {
+            let program: &mut SchedClassifier = object.program(name)?;
+            program.load().map_err(ebpf::explain).with_context(|| format!("load {name}"))?;
+        }
+        let mut handoff = Self { backend: Vec::new(), link: None };
+        for endpoint in backend {
+            handoff.learn(*endpoint);
+        }
+        inspect(object, true).context("take up the flows that were handed off before")?;
+        Ok(handoff)
+    }
+
+    /// Another address that the backend turned out to have. Returns whether it is news.
+    pub fn learn(&mut self, endpoint: Endpoint) -> bool {
+        let is_news =
+            self.backend.len() < ADDRESSES_MAX && self.backend.iter().all(|(known, _)| *known != endpoint);
+        if is_news {
+            self.backend.push((endpoint, Found::Nobody));
+        }
+        is_news
+    }
+
+    /// Whether new connections go to the backend's listeners.
+    #[must_use]
+    pub fn is_steering(&self) -> bool {
+        self.link.is_some()
+    }
+
+    /// What was found at the backend's addresses.
+    #[must_use]
+    pub fn found(&self) -> &[(Endpoint, Found)] {
+        &self.backend
+    }
+
+    /// Begins to steer, if there is a listener to steer to.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn steer(&mut self, object: &mut Object) -> anyhow::Result<()> {
+        self.find(object)?;
+        if self.link.is_none() && self.backend.iter().any(|(_, found)| *found == Found::Listener) {
+            let netns = File::open("/proc/thread-self/ns/net").context("open the network namespace")?;
+            let program: &mut SkLookup = object.program(abi::program::STEER)?;
+            let attached =
+                program.attach(netns).map_err(ebpf::explain).context("attach the steering program")?;
+            self.link = Some(program.take_link(attached).context("keep the steering program attached")?);
+        }
+        Ok(())
+    }
+
+    /// Leaves new connections to drowse's own listeners. A handshake that is under way at this moment may still go to
+    /// the backend: see [`crate::kernel::Kernel::last_look`].
+    pub fn stop_steering(&mut self) {
+        self.link = None;
+    }
+
+    /// Looks for the backend's listeners, and puts what it finds in place of what it found before.
+    ///
+    /// # Errors
+    /// The kernel cannot be asked.
+    pub fn find(&mut self, object: &mut Object) -> anyhow::Result<()> {
+        for ((backend, found), first_slot) in
+            self.backend.iter_mut().zip((0_u32..).step_by(SLOTS_PER_ADDRESS as usize))
+        {
+            let slots = first_slot..first_slot + SLOTS_PER_ADDRESS;
+            for slot in slots.clone() {
+                let search = Search { backend: *backend, slot, source_port: slot + 1 };
+                *found = match object.ask(abi::program::FIND_LISTENER, &search.to_frame(), 1)? {
+                    abi::found::STORED => Found::Listener,
+                    abi::found::REFUSED => Found::Refused,
+                    abi::found::UNMARKED => Found::NoMemory,
+                    _ => Found::Nobody,
+                };
+            }
+            if *found != Found::Listener {
+                let mut listeners = object.sock_map_mut(abi::map::LISTENERS)?;
+                for slot in slots {
+                    // Most are empty already.
+                    let _ = listeners.clear_index(&slot);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The counters of all flows that were handed off.
+///
+/// # Errors
+/// They cannot be read.
+pub fn service(object: &Object) -> anyhow::Result<Service> {
+    object.array::<Service>(abi::map::SERVICE)?.get(&0, 0).context("read the counters of handed-off flows")
+}
+
+/// What was counted for one public address.
+///
+/// # Errors
+/// It cannot be read, or is not one of the addresses that were prepared.
+pub fn steered(object: &Object, endpoint: &Endpoint) -> anyhow::Result<Steered> {
+    object
+        .hash_map::<Endpoint, Steered>(abi::map::PUBLIC)?
+        .get(endpoint, 0)
+        .context("read a public address's counters")
+}
+
+/// Brings the counters of the open flows up to date; with `remove`, flows that are not there any more are taken out.
+///
+/// # Errors
+/// The kernel cannot be asked.
+pub fn inspect(object: &mut Object, remove: bool) -> anyhow::Result<()> {
+    let flows = object.hash_map::<u64, Flow>(abi::map::FLOWS)?;
+    // A flow that closes meanwhile may end the walk early: what it missed is seen the next time.
+    let cookies: Vec<u64> = flows.keys().take(abi::FLOWS_MAX).map_while(Result::ok).collect();
+    for part in cookies.chunks(abi::INSPECTED_MAX) {
+        let inspection = Inspection::of(part, remove);
+        object.ask(abi::program::INSPECT_FLOWS, &inspection.to_frame(), inspection.count)?;
+    }
+    Ok(())
+}
