@@ -26,6 +26,7 @@ use drowse_ebpf::{
 };
 
 use crate::observe::{Address, local_address, remote_address};
+use crate::zero::zero;
 use crate::{atomic, find, steer};
 
 /// The open flows, by socket cookie. Without preallocation: most services have few.
@@ -129,8 +130,8 @@ fn try_established(ctx: &SockOpsContext) -> Result<u64, Uncounted> {
     }
     let (local_port, socket_family) = (ctx.local_port(), ctx.family());
     let (local, remote) = (local_address(ctx), remote_address(ctx));
-    let (family, local) = as_packets_have_it(socket_family, local).ok_or(Uncounted::NotOurs)?;
-    let (_, client) = as_packets_have_it(socket_family, remote).ok_or(Uncounted::NotOurs)?;
+    let (family, local) = as_packets_have_it(socket_family, local);
+    let (_, client) = as_packets_have_it(socket_family, remote);
     steer::entry(local, local_port, family).ok_or(Uncounted::NotOurs)?;
     // SAFETY: both helpers only read; the first one wants the context that the kernel passed in.
     let (cookie, now_ns) = unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), bpf_ktime_get_ns()) };
@@ -138,8 +139,8 @@ fn try_established(ctx: &SockOpsContext) -> Result<u64, Uncounted> {
     let flow = Flow {
         opened_ns: now_ns,
         last_activity_ns: now_ns,
-        bytes_to_backend: 0,
-        bytes_to_client: 0,
+        bytes_to_backend: zero().into(),
+        bytes_to_client: zero().into(),
         client,
         local,
         client_port,
@@ -167,15 +168,18 @@ fn try_established(ctx: &SockOpsContext) -> Result<u64, Uncounted> {
 }
 
 /// IPv4 on an IPv6 socket is IPv4 to those who look at packets.
+///
+/// Word by word, or the compiler chooses between two places on the stack, which the verifier allows only those who have
+/// `CAP_PERFMON`.
 #[inline(always)]
-fn as_packets_have_it(family: u32, address: Address) -> Option<(u32, [u32; 4])> {
+fn as_packets_have_it(family: u32, address: Address) -> (u32, [u32; 4]) {
     let [a, b, c, d] = address.ip6;
-    match family {
-        FAMILY_V4 => Some((FAMILY_V4, [address.ip4, 0, 0, 0])),
-        FAMILY_V6 if a == 0 && b == 0 && c == u32::to_be(0xffff) => Some((FAMILY_V4, [d, 0, 0, 0])),
-        FAMILY_V6 => Some((FAMILY_V6, address.ip6)),
-        _ => None,
-    }
+    let is_mapped = a == 0 && b == 0 && c == u32::to_be(0xffff);
+    let is_v6 = family == FAMILY_V6 && !is_mapped;
+    let v4 = if family == FAMILY_V6 { d } else { address.ip4 };
+    let family = if is_v6 { FAMILY_V6 } else { FAMILY_V4 };
+    let rest = |word| if is_v6 { word } else { 0 };
+    (family, [if is_v6 { a } else { v4 }, rest(b), rest(c), rest(d)])
 }
 
 /// A socket with a state callback went over to another state.

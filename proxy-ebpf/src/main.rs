@@ -16,6 +16,7 @@ mod flows;
 mod listen_hook;
 mod observe;
 mod steer;
+mod zero;
 
 /// The licence that the kernel sees: some helpers are for GPL-compatible programs only.
 // SAFETY: the kernel's loader reads this section by name; nothing else defines a symbol of this name.

@@ -15,6 +15,7 @@ use drowse_ebpf::{
     Endpoint, FAMILY_V4, FAMILY_V6, FLOWS_MARGIN, FLOWS_MAX, LISTENERS_MAX, PUBLIC_MAX, Steered,
 };
 
+use crate::zero::zero;
 use crate::{atomic, flows};
 
 /// The addresses whose new connections are handed off, with counters.
@@ -73,7 +74,7 @@ fn wanted(ctx: &SkLookupContext) -> Option<*mut Steered> {
 /// The entry for this address, or for any address, of the port.
 #[inline(always)]
 pub fn entry(address: [u32; 4], port: u32, family: u32) -> Option<*mut Steered> {
-    let any = Endpoint { address: [0; 4], port, family };
+    let any = Endpoint { address: [zero(); 4], port, family };
     PUBLIC.get_ptr_mut(Endpoint { address, port, family }).or_else(|| PUBLIC.get_ptr_mut(any))
 }
 

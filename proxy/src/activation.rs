@@ -43,11 +43,6 @@ pub trait Driver: Send {
     /// address is no stranger.
     fn is_socket_activated(&self) -> DriverFuture<bool>;
 
-    /// Why this backend must not see the clients themselves, in one line; `None`: nothing is known against it.
-    fn handoff_obstacle(&self) -> DriverFuture<Option<String>> {
-        Box::pin(std::future::ready(None))
-    }
-
     /// The next change that the backend made by itself or that somebody else made. Pending for ever when there
     /// is none. Cancel safe. A change that our own `start` or `stop` made may be reported too.
     fn changed(&mut self) -> DriverChange<'_>;

@@ -199,7 +199,7 @@ impl EventLoop {
         self.notifier.ready();
         self.tell_status();
         if self.lifecycle.is_awake() {
-            self.load_kernel();
+            self.load_kernel(true);
         }
         while !self.exit {
             let woken = self.next().await;
@@ -448,7 +448,7 @@ impl EventLoop {
     /// Looks whether a stranger sits on the backend's address; the start job and the probe follow.
     fn start_backend(&mut self) {
         self.hints.clear();
-        self.load_kernel();
+        self.load_kernel(false);
         let Some(driver) = &mut self.driver else { return };
         let (run, activated, state) = (Arc::clone(&self.run), driver.is_socket_activated(), driver.state());
         self.check = Some(Box::pin(async move {
@@ -494,8 +494,8 @@ impl EventLoop {
 
     /// Begins to load the eBPF object, if that was not done, so that it never delays a client; and asks what the backend
     /// has against a hand-off, which may have changed.
-    fn load_kernel(&mut self) {
-        self.kernel.load();
+    fn load_kernel(&mut self, takes_over: bool) {
+        self.kernel.load(takes_over);
         let asked: Pin<Box<dyn Future<Output = _>>> = match &self.driver {
             Some(driver) => driver.handoff_obstacle(),
             None => Box::pin(std::future::ready(None)),
@@ -519,7 +519,7 @@ impl EventLoop {
     fn look_again(&mut self) {
         let (command, look) = (self.run.busy_command.clone(), self.kernel.last_look());
         // Flows of an earlier drowse may be open that nobody has counted yet.
-        let unknown = self.kernel.is_loading();
+        let unknown = self.kernel.may_have_flows();
         self.look = Some(Box::pin(async move { busy::is_busy(command).await || unknown || look.await }));
     }
 

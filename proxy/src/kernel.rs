@@ -81,7 +81,11 @@ struct Loaded {
 enum Stage {
     /// Nobody asked for it yet.
     Unused,
-    Loading(Pin<Box<dyn Future<Output = anyhow::Result<Loaded>>>>),
+    Loading {
+        loading: Pin<Box<dyn Future<Output = anyhow::Result<Loaded>>>>,
+        /// The backend ran already: flows may be open that an earlier drowse handed off.
+        takes_over: bool,
+    },
     Loaded(Box<Loaded>),
     /// It cannot be loaded.
     Refused,
@@ -128,8 +132,9 @@ impl Kernel {
         }
     }
 
-    /// Begins to load, unless that was done, or there is no use for it. [`News::Loaded`] follows.
-    pub fn load(&mut self) {
+    /// Begins to load, unless that was done, or there is no use for it. [`News::Loaded`] follows. `takes_over`: the
+    /// backend runs already.
+    pub fn load(&mut self, takes_over: bool) {
         let Some(port) = self.backend.port() else { return };
         if !matches!(self.stage, Stage::Unused) {
             return;
@@ -137,7 +142,7 @@ impl Kernel {
         let name = self.name.clone();
         let public = self.endpoints();
         let (backend, obstacle, keep) = (self.backend.clone(), self.obstacle.clone(), self.flows_outlive_us);
-        self.stage = Stage::Loading(Box::pin(async move {
+        let loading = Box::pin(async move {
             let resolved = tokio::time::timeout(LOOKUP_TIME, backend.resolve()).await;
             let addresses = resolved.map_or_else(|_late| Vec::new(), Result::unwrap_or_default);
             let backend: Vec<Endpoint> = addresses
@@ -146,7 +151,8 @@ impl Kernel {
                 .collect();
             let load = move || Loaded::new(&name, port, obstacle.map_or(Ok((&public, &backend)), Err), keep);
             tokio::task::spawn_blocking(load).await.context("load the eBPF object")?
-        }));
+        });
+        self.stage = Stage::Loading { loading, takes_over };
     }
 
     /// Whether the listen hook sees every listen.
@@ -155,17 +161,17 @@ impl Kernel {
         matches!(self.stage, Stage::Loaded(_))
     }
 
-    /// Whether flows that were handed off may be open without being counted, because the object is being loaded.
+    /// Whether flows that were handed off may be open that are not counted yet.
     #[must_use]
-    pub fn is_loading(&self) -> bool {
-        matches!(self.stage, Stage::Loading(_))
+    pub fn may_have_flows(&self) -> bool {
+        matches!(self.stage, Stage::Loading { takes_over: true, .. })
     }
 
     /// The next thing that the kernel has to tell. Cancel safe.
     pub async fn next(&mut self) -> News {
         match &mut self.stage {
             Stage::Unused | Stage::Refused => std::future::pending().await,
-            Stage::Loading(loading) => {
+            Stage::Loading { loading, .. } => {
                 let loaded = loading.await;
                 self.use_loaded(loaded);
                 News::Loaded
@@ -275,7 +281,7 @@ impl Kernel {
     pub fn last_look(&self) -> impl Future<Output = bool> + use<> {
         let backend: Vec<SocketAddr> = match &self.stage {
             Stage::Loaded(loaded) => loaded.handoff.iter().flat_map(Handoff::found).map(as_address).collect(),
-            Stage::Unused | Stage::Loading(_) | Stage::Refused => Vec::new(),
+            Stage::Unused | Stage::Loading { .. } | Stage::Refused => Vec::new(),
         };
         let public: Vec<SocketAddr> = self.endpoints().iter().map(|end| as_address(&(*end, ()))).collect();
         async move {
