@@ -19,4 +19,5 @@ pub mod pairing;
 pub mod plane;
 pub mod readiness;
 pub mod report;
+pub mod sockets;
 pub mod sys;
