@@ -122,11 +122,9 @@ fn covers(public: SocketAddr, local: SocketAddr) -> bool {
 fn reaches(backend: SocketAddr, listener: SocketAddr) -> bool {
     let any_ip = listener.ip().is_unspecified() && (listener.is_ipv6() || backend.is_ipv4());
     // Linux connects to the loopback address when asked to connect to the unspecified one.
-    let ip = match backend.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
+    let loopback: IpAddr =
+        if backend.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    let ip = if backend.ip().is_unspecified() { loopback } else { backend.ip() };
     backend.port() == listener.port() && (any_ip || ip == listener.ip())
 }
 
