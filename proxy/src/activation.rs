@@ -43,6 +43,10 @@ pub trait Driver: Send {
     /// address is no stranger.
     fn is_socket_activated(&self) -> DriverFuture<bool>;
 
+    /// Why the clients must not be handed to the backend itself: a reason in one line for people, or nothing that
+    /// would be against it. Asked while the backend is up: its start may bring a socket unit of its own with it.
+    fn handoff_obstacle(&self) -> DriverFuture<Option<String>>;
+
     /// The next change that the backend made by itself or that somebody else made. Pending for ever when there
     /// is none. Cancel safe. A change that our own `start` or `stop` made may be reported too.
     fn changed(&mut self) -> DriverChange<'_>;

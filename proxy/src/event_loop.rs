@@ -199,7 +199,8 @@ impl EventLoop {
         self.notifier.ready();
         self.tell_status();
         if self.lifecycle.is_awake() {
-            self.load_kernel(true);
+            self.kernel.load(true);
+            self.ask_backend();
         }
         while !self.exit {
             let woken = self.next().await;
@@ -269,6 +270,7 @@ impl EventLoop {
             Woken::Started(result) => {
                 self.start = None;
                 self.hints.nudge();
+                self.ask_backend();
                 vec![Event::Started(result)]
             }
             Woken::Stopped(result) => {
@@ -346,6 +348,7 @@ impl EventLoop {
     fn reload(&mut self) {
         info!("SIGHUP: asking how {} is, and forgiving earlier failures", self.name);
         self.notifier.reloading();
+        self.ask_backend();
         let state = self.driver.as_mut().map(|driver| driver.state());
         self.resync = Some(Box::pin(async move {
             match state {
@@ -448,7 +451,8 @@ impl EventLoop {
     /// Looks whether a stranger sits on the backend's address; the start job and the probe follow.
     fn start_backend(&mut self) {
         self.hints.clear();
-        self.load_kernel(false);
+        // Beside the start, so that it never delays a client.
+        self.kernel.load(false);
         let Some(driver) = &mut self.driver else { return };
         let (run, activated, state) = (Arc::clone(&self.run), driver.is_socket_activated(), driver.state());
         self.check = Some(Box::pin(async move {
@@ -492,10 +496,8 @@ impl EventLoop {
         self.probe = Some(Box::pin(async move { readiness::wait(&run, &hints).await }));
     }
 
-    /// Begins to load the eBPF object, if that was not done, so that it never delays a client; and asks what the backend
-    /// has against a hand-off, which may have changed.
-    fn load_kernel(&mut self, takes_over: bool) {
-        self.kernel.load(takes_over);
+    /// Asks what the backend has against a hand-off; once it runs, because some settings come with its start.
+    fn ask_backend(&mut self) {
         let asked: Pin<Box<dyn Future<Output = _>>> = match &self.driver {
             Some(driver) => driver.handoff_obstacle(),
             None => Box::pin(std::future::ready(None)),

@@ -18,13 +18,15 @@ use futures_util::StreamExt;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 use zbus::message::Header;
-use zbus::wire::{OwnedObjectPath, OwnedVariant, Str, Variant};
+use zbus::wire::{OwnedObjectPath, Variant};
 use zbus::{Connection, Message, MessageStream, connection};
 
 const SYSTEMD: &str = "org.freedesktop.systemd1";
 const SYSTEMD_PATH: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
+const SERVICE: &str = "org.freedesktop.systemd1.Service";
+const SLICE: &str = "org.freedesktop.systemd1.Slice";
 
 /// How long anything may take before a test fails.
 pub const DEADLINE: Duration = Duration::from_secs(10);
@@ -157,6 +159,10 @@ pub struct FakeUnit {
     pub condition: bool,
     /// `TriggeredBy`.
     pub triggered_by: Vec<&'static str>,
+    /// The service's `Slice`.
+    pub slice: &'static str,
+    /// Settings of the service or slice, by the names of their properties.
+    pub settings: Vec<(&'static str, Variant<'static>)>,
     /// What the next calls of `StartUnit` lead to.
     pub starts: VecDeque<Answer>,
     /// What the next calls of `StopUnit` lead to.
@@ -178,6 +184,8 @@ impl Default for FakeUnit {
             main_status: 0,
             condition: true,
             triggered_by: Vec::new(),
+            slice: "system.slice",
+            settings: Vec::new(),
             starts: VecDeque::new(),
             stops: VecDeque::new(),
             job: None,
@@ -223,6 +231,9 @@ impl FakeSystemd {
     /// The thread or its runtime cannot be made.
     pub async fn start(bus: &PrivateBus, name: &str, unit: FakeUnit) -> Result<Self> {
         let state = Arc::new(Mutex::new(State::default()));
+        for slice in ["-.slice", "system.slice"] {
+            lock(&state).units.insert(slice.to_owned(), FakeUnit { active: "active", ..FakeUnit::default() });
+        }
         lock(&state).units.insert(name.to_owned(), unit);
         let (calls_sender, calls) = watch::channel(Vec::new());
         let (on_bus_sender, on_bus) = watch::channel(false);
@@ -474,12 +485,24 @@ impl Service {
             "Get" => {
                 let (interface, property): (String, String) = body.deserialize()?;
                 let path = header.path().map(ToString::to_string).unwrap_or_default();
-                let value = property_of(&lock(&self.state), &path, &interface, &property);
+                let value = properties_of(&lock(&self.state), &path, &interface)
+                    .and_then(|mut properties| properties.remove(property.as_str()));
                 match value {
                     Some(value) => conn.reply(&header, &value).await?,
                     None => {
                         conn.reply_error(&header, "org.freedesktop.DBus.Error.UnknownProperty", &property)
                             .await?;
+                    }
+                }
+            }
+            "GetAll" => {
+                let (interface,): (String,) = body.deserialize()?;
+                let path = header.path().map(ToString::to_string).unwrap_or_default();
+                let properties = properties_of(&lock(&self.state), &path, &interface);
+                match properties {
+                    Some(properties) => conn.reply(&header, &properties).await?,
+                    None => {
+                        conn.reply_error(&header, "org.freedesktop.DBus.Error.UnknownObject", &path).await?;
                     }
                 }
             }
@@ -599,24 +622,50 @@ fn listed(state: &State, name: &str) -> Listed {
     )
 }
 
-fn property_of(state: &State, path: &str, interface: &str, property: &str) -> Option<OwnedVariant> {
+/// The properties of one interface of the unit at `path`.
+fn properties_of(
+    state: &State,
+    path: &str,
+    interface: &str,
+) -> Option<HashMap<&'static str, Variant<'static>>> {
     let (_, unit) = state.units.iter().find(|(name, _)| unit_path(name) == path)?;
-    let text = |text: &'static str| Some(OwnedVariant::from(Str::from(text)));
-    match (interface, property) {
-        (UNIT, "ActiveState") => text(unit.active),
-        (UNIT, "ConditionTimestampMonotonic") => Some(OwnedVariant::from(1_u64)),
-        (UNIT, "ConditionResult") => Some(OwnedVariant::from(unit.condition)),
-        (UNIT, "LoadError") => {
-            let error = Variant::from(("org.freedesktop.systemd1.LoadFailed", unit.load_error));
-            OwnedVariant::try_from(error).ok()
+    let restrictions = || unrestricted().into_iter().chain(unit.settings.iter().cloned());
+    let load_error = ("org.freedesktop.systemd1.LoadFailed", unit.load_error);
+    Some(match interface {
+        UNIT => HashMap::from([
+            ("ActiveState", unit.active.into()),
+            ("ConditionTimestampMonotonic", 1_u64.into()),
+            ("ConditionResult", unit.condition.into()),
+            ("LoadError", load_error.into()),
+            ("TriggeredBy", unit.triggered_by.clone().into()),
+        ]),
+        SERVICE => {
+            let own: [(&str, Variant<'static>); 5] = [
+                ("Type", unit.kind.into()),
+                ("Result", unit.result.into()),
+                ("ExecMainCode", unit.main_code.into()),
+                ("ExecMainStatus", unit.main_status.into()),
+                ("Slice", unit.slice.into()),
+            ];
+            own.into_iter().chain(restrictions()).collect()
         }
-        (UNIT, "TriggeredBy") => OwnedVariant::try_from(Variant::from(unit.triggered_by.clone())).ok(),
-        ("org.freedesktop.systemd1.Service", "Type") => text(unit.kind),
-        ("org.freedesktop.systemd1.Service", "Result") => text(unit.result),
-        ("org.freedesktop.systemd1.Service", "ExecMainCode") => Some(OwnedVariant::from(unit.main_code)),
-        ("org.freedesktop.systemd1.Service", "ExecMainStatus") => Some(OwnedVariant::from(unit.main_status)),
-        _ => None,
-    }
+        SLICE => restrictions().collect(),
+        _ => HashMap::new(),
+    })
+}
+
+/// What systemd 252 says of a service or slice that looks at nobody's packets.
+fn unrestricted() -> [(&'static str, Variant<'static>); 6] {
+    let addresses = || Variant::from(Vec::<(i32, Vec<u8>, u32)>::new());
+    let paths = || Variant::from(Vec::<&str>::new());
+    [
+        ("IPAddressAllow", addresses()),
+        ("IPAddressDeny", addresses()),
+        ("IPIngressFilterPath", paths()),
+        ("IPEgressFilterPath", paths()),
+        ("BPFProgram", Vec::<(&str, &str)>::new().into()),
+        ("RestrictNetworkInterfaces", (false, Vec::<&str>::new()).into()),
+    ]
 }
 
 fn job_path(id: u32) -> String {

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use drowse::activation::systemd::{Bus, SystemdDriver};
 use drowse::activation::{BackendState, Change, Driver, DriverFuture, Failure};
 use drowse_tests::fake_systemd::{Answer, DEADLINE, FakeSystemd, FakeUnit, PrivateBus};
+use zbus::wire::Variant;
 
 const DICE: &str = "dice.service";
 
@@ -457,5 +458,104 @@ async fn a_socket_unit_that_starts_the_backend_is_seen() -> Result<()> {
         f.systemd.set_unit("dice.socket", FakeUnit { active: socket, ..FakeUnit::default() });
         assert_eq!(within(f.driver.is_socket_activated()).await?, expected);
     }
+    Ok(())
+}
+
+fn slice(settings: Vec<(&'static str, Variant<'static>)>) -> FakeUnit {
+    FakeUnit { active: "active", settings, ..FakeUnit::default() }
+}
+
+/// As systemd says `any`.
+fn any() -> Variant<'static> {
+    vec![(2_i32, vec![0_u8; 4], 0_u32), (10, vec![0; 16], 0)].into()
+}
+
+#[tokio::test]
+async fn an_ordinary_unit_may_see_the_clients_itself() -> Result<()> {
+    // An allow-list alone denies nothing.
+    let f = fixture(FakeUnit { settings: vec![("IPAddressAllow", any())], ..FakeUnit::default() }).await?;
+    assert_eq!(within(f.driver.handoff_obstacle()).await?, None);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_a_unit_restricts_is_an_obstacle() -> Result<()> {
+    let f = fixture(FakeUnit::default()).await?;
+    let names = || Variant::from(vec!["/sys/fs/bpf/x"]);
+    for (setting, value, sees) in [
+        ("IPAddressDeny", any(), "the real clients' addresses"),
+        ("RestrictNetworkInterfaces", (true, vec!["lo"]).into(), "the interfaces that clients come through"),
+        ("RestrictNetworkInterfaces", (false, vec!["lo"]).into(), "the interfaces that clients come through"),
+        ("IPIngressFilterPath", names(), "the real clients' packets"),
+        ("IPEgressFilterPath", names(), "the real clients' packets"),
+        ("BPFProgram", vec![("ingress", "/sys/fs/bpf/x")].into(), "the real clients' packets"),
+        ("NFTSet", vec![(0_i32, 1_i32, "filter", "dice")].into(), "the real clients' packets"),
+    ] {
+        f.systemd.change_unit(DICE, |unit| unit.settings = vec![(setting, value)]);
+        let expected = format!("{setting}= of dice.service would see {sees}");
+        assert_eq!(within(f.driver.handoff_obstacle()).await?, Some(expected));
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_the_slices_of_a_unit_restrict_is_an_obstacle() -> Result<()> {
+    let f = fixture(FakeUnit { slice: "games-dice.slice", ..FakeUnit::default() }).await?;
+    f.systemd.set_unit("games.slice", slice(vec![]));
+    f.systemd.set_unit("games-dice.slice", slice(vec![]));
+    assert_eq!(within(f.driver.handoff_obstacle()).await?, None);
+    for name in ["games-dice.slice", "games.slice", "-.slice"] {
+        f.systemd.set_unit(name, slice(vec![("IPAddressDeny", any())]));
+        let expected = format!("IPAddressDeny= of {name} would see the real clients' addresses");
+        assert_eq!(within(f.driver.handoff_obstacle()).await?, Some(expected));
+        f.systemd.set_unit(name, slice(vec![]));
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_socket_unit_that_holds_the_listener_is_an_obstacle() -> Result<()> {
+    let f = fixture(FakeUnit {
+        triggered_by: vec!["dice.timer", "dice-admin.socket", "dice.socket"],
+        ..FakeUnit::default()
+    })
+    .await?;
+    for (name, active) in
+        [("dice.timer", "active"), ("dice-admin.socket", "inactive"), ("dice.socket", "active")]
+    {
+        f.systemd.set_unit(name, FakeUnit { active, ..FakeUnit::default() });
+    }
+    let obstacle = within(f.driver.handoff_obstacle()).await?.context("no obstacle")?;
+    assert_eq!(
+        obstacle,
+        "dice.socket holds the backend's listener, too: it would go on taking connections while the backend sleeps"
+    );
+    f.systemd.change_unit("dice.socket", |unit| unit.active = "inactive");
+    assert_eq!(within(f.driver.handoff_obstacle()).await?, None);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_cannot_be_known_is_an_obstacle() -> Result<()> {
+    let mut f = fixture_with(FakeUnit::default(), Duration::from_millis(500)).await?;
+    // A slice that systemd does not know.
+    f.systemd.change_unit(DICE, |unit| unit.slice = "nowhere.slice");
+    let obstacle = within(f.driver.handoff_obstacle()).await?.context("no obstacle")?;
+    assert!(obstacle.starts_with("systemd could not be asked: "), "{obstacle}");
+    f.systemd.change_unit(DICE, |unit| unit.slice = "system.slice");
+    assert_eq!(within(f.driver.handoff_obstacle()).await?, None);
+    f.bus.kill();
+    let obstacle = within(f.driver.handoff_obstacle()).await?.context("no obstacle")?;
+    assert!(obstacle.starts_with("systemd could not be asked: "), "{obstacle}");
+    assert!(!obstacle.contains('\n'), "{obstacle}");
+
+    let bus = PrivateBus::start()?;
+    let name = "dice.target";
+    let _systemd = FakeSystemd::start(&bus, name, FakeUnit::default()).await?;
+    let driver = SystemdDriver::connect_with(name, Bus::Address(bus.address()), DEADLINE).await?;
+    assert_eq!(
+        within(driver.handoff_obstacle()).await?.as_deref(),
+        Some("dice.target groups several units: what they restrict is unknown")
+    );
     Ok(())
 }

@@ -181,6 +181,10 @@ impl Driver for ExecDriver {
         Box::pin(std::future::ready(false))
     }
 
+    fn handoff_obstacle(&self) -> DriverFuture<Option<String>> {
+        Box::pin(std::future::ready(None))
+    }
+
     fn changed(&mut self) -> DriverChange<'_> {
         Box::pin(async {
             match self.changes.1.recv().await {

@@ -8,6 +8,7 @@
 //! ends as `canceled`; what `org.freedesktop.systemd1(5)` calls `ActiveState` is the unit's state.
 
 mod link;
+mod restrictions;
 mod unit;
 
 use std::fmt;
@@ -134,7 +135,12 @@ impl Driver for SystemdDriver {
 
     fn is_socket_activated(&self) -> DriverFuture<bool> {
         let shared = Arc::clone(&self.shared);
-        Box::pin(async move { shared.triggered_by_active_socket().await.unwrap_or(false) })
+        Box::pin(async move { matches!(shared.active_socket().await, Ok(Some(_))) })
+    }
+
+    fn handoff_obstacle(&self) -> DriverFuture<Option<String>> {
+        let shared = Arc::clone(&self.shared);
+        Box::pin(async move { handoff_obstacle(&shared).await })
     }
 
     fn changed(&mut self) -> DriverChange<'_> {
@@ -231,4 +237,20 @@ async fn stop(shared: &Shared) -> Result<(), Failure> {
         }
         shared.wait_for_event(&mut events).await;
     }
+}
+
+/// A socket unit that shares the backend's listener, a setting that would apply to the clients, or that nobody can say.
+async fn handoff_obstacle(shared: &Shared) -> Option<String> {
+    let name = &shared.unit.name;
+    if !shared.unit.is_service {
+        return Some(format!("{name} groups several units: what they restrict is unknown"));
+    }
+    let obstacle = match shared.active_socket().await {
+        Ok(Some(socket)) => Ok(Some(format!(
+            "{socket} holds the backend's listener, too: it would go on taking connections while the backend sleeps"
+        ))),
+        Ok(None) => shared.restriction().await,
+        Err(failure) => Err(failure),
+    };
+    obstacle.unwrap_or_else(|failure| Some(format!("systemd could not be asked: {}", failure.message)))
 }

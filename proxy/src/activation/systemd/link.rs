@@ -22,8 +22,8 @@ use zbus::export::serde::Serialize;
 use zbus::wire::{OwnedObjectPath, OwnedVariant};
 use zbus::{Connection, DBusError, DynamicType, Message, MessageStream, connection};
 
-use super::Bus;
 use super::unit::{ActiveState, End, Unit, object_path};
+use super::{Bus, restrictions};
 use crate::activation::Failure;
 
 const SYSTEMD: &str = "org.freedesktop.systemd1";
@@ -31,6 +31,7 @@ const SYSTEMD_PATH: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
 const SERVICE: &str = "org.freedesktop.systemd1.Service";
+const SLICE: &str = "org.freedesktop.systemd1.Slice";
 const DBUS: &str = "org.freedesktop.DBus";
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 
@@ -447,19 +448,49 @@ impl Shared {
         !matches!(tokio::try_join!(checked, holds), Ok((1.., false)))
     }
 
-    /// Whether one of the socket units that start the unit is active.
-    pub(super) async fn triggered_by_active_socket(&self) -> Result<bool, Failure> {
+    /// The first active one of the socket units that start the unit.
+    pub(super) async fn active_socket(&self) -> Result<Option<String>, Failure> {
         let conn = self.connection().await?;
         let failed = |error| self.refused("watch", &error);
         let path = object_path(&self.unit.name);
-        let triggers: Vec<String> = self.get(&conn, &path, UNIT, "TriggeredBy").await.map_err(failed)?;
-        let is_socket = |name: &&String| name.rsplit_once('.').is_some_and(|(_, kind)| kind == "socket");
+        let mut triggers: Vec<String> = self.get(&conn, &path, UNIT, "TriggeredBy").await.map_err(failed)?;
+        triggers.retain(|name| name.rsplit_once('.').is_some_and(|(_, kind)| kind == "socket"));
         let states = triggers
             .iter()
-            .filter(is_socket)
             .map(async |name| self.get::<String>(&conn, &object_path(name), UNIT, "ActiveState").await);
         let states = try_join_all(states).await.map_err(failed)?;
-        Ok(states.iter().any(|state| ActiveState::parse(state) == ActiveState::Active))
+        let mut sockets = triggers.into_iter().zip(states);
+        Ok(sockets
+            .find_map(|(name, state)| (ActiveState::parse(&state) == ActiveState::Active).then_some(name)))
+    }
+
+    /// The first setting of the service, or of a slice that it is in, that applies to the peers of its connections;
+    /// as a line for people.
+    pub(super) async fn restriction(&self) -> Result<Option<String>, Failure> {
+        let conn = self.connection().await?;
+        let failed = |error| self.refused("watch", &error);
+        let name = self.unit.name.as_str();
+        let settings = self.all(&conn, name, SERVICE).await.map_err(failed)?;
+        let Some(slice) = settings.get("Slice").and_then(|slice| <&str>::try_from(slice).ok()) else {
+            return Err(Failure::new("bus", format!("systemd does not say in which slice {name} is")));
+        };
+        let slices = restrictions::slices(slice);
+        let of_slices = slices.iter().map(|slice| self.all(&conn, slice, SLICE));
+        let of_slices = try_join_all(of_slices).await.map_err(failed)?;
+        let units =
+            std::iter::once((name, &settings)).chain(slices.iter().map(String::as_str).zip(&of_slices));
+        Ok(units.into_iter().find_map(|(unit, settings)| restrictions::find(unit, settings)))
+    }
+
+    /// All properties of a unit that its type has, by name.
+    async fn all(
+        &self,
+        conn: &Connection,
+        unit: &str,
+        interface: &str,
+    ) -> zbus::Result<HashMap<String, OwnedVariant>> {
+        let reply = self.call(conn, &object_path(unit), PROPERTIES, "GetAll", &(interface,)).await?;
+        reply.body().deserialize()
     }
 
     async fn get<T>(&self, conn: &Connection, path: &str, interface: &str, name: &str) -> zbus::Result<T>
