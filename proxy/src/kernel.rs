@@ -279,11 +279,12 @@ impl Kernel {
     /// After the hand-off ended: whether somebody is half-way to the backend, in a handshake or in its accept queue.
     /// Nobody is, unless connections were handed off.
     pub fn last_look(&self) -> impl Future<Output = bool> + use<> {
-        let backend: Vec<SocketAddr> = match &self.stage {
-            Stage::Loaded(loaded) => loaded.handoff.iter().flat_map(Handoff::found).map(as_address).collect(),
-            Stage::Unused | Stage::Loading { .. } | Stage::Refused => Vec::new(),
+        let handoff = match &self.stage {
+            Stage::Loaded(loaded) => loaded.handoff.as_ref().ok().filter(|handoff| handoff.has_steered()),
+            Stage::Unused | Stage::Loading { .. } | Stage::Refused => None,
         };
-        let public: Vec<SocketAddr> = self.endpoints().iter().map(|end| as_address(&(*end, ()))).collect();
+        let backend: Vec<_> = handoff.iter().flat_map(|handoff| handoff.found()).map(as_address).collect();
+        let public: Vec<_> = self.endpoints().iter().map(|end| as_address(&(*end, ()))).collect();
         async move {
             if backend.is_empty() {
                 return false;

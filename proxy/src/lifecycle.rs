@@ -624,7 +624,7 @@ impl Lifecycle {
         todo.push(Command::StopProbing);
         let is_ours =
             self.rules.ownership != Ownership::Foreign && self.rules.idle_action == IdleAction::Stop;
-        if !is_ours || totals.flows_open > 0 {
+        if !is_ours || totals.flows_open + totals.handed_off_open > 0 {
             return self.fail(failure, todo, now);
         }
         todo.push(Command::Report(failure.clone()));

@@ -44,6 +44,10 @@ enum Step {
     /// A held client is refused, if the gate is open.
     Refused,
     FlowsEnd,
+    /// A connection goes straight to the backend, which nobody tells us of.
+    HandedOff,
+    /// It ends, which nobody tells us of.
+    HandedOffEnds,
     StartWorks,
     StartFails,
     Ready,
@@ -61,12 +65,14 @@ enum Step {
     Terminate,
 }
 
-const STEPS: [Step; 19] = [
+const STEPS: [Step; 21] = [
     Step::ClientComes,
     Step::ClientLeaves,
     Step::Pairs,
     Step::Refused,
     Step::FlowsEnd,
+    Step::HandedOff,
+    Step::HandedOffEnds,
     Step::StartWorks,
     Step::StartFails,
     Step::Ready,
@@ -87,6 +93,7 @@ const STEPS: [Step; 19] = [
 #[derive(Clone)]
 #[expect(clippy::struct_excessive_bools, reason = "each is one thing that is under way or not")]
 struct World {
+    rules: Rules,
     lifecycle: Lifecycle,
     now: Duration,
     totals: Totals,
@@ -107,6 +114,7 @@ impl World {
     fn new(rules: Rules, backend: BackendState) -> Self {
         let now = 100 * MINUTE;
         Self {
+            rules,
             lifecycle: Lifecycle::new(rules, backend, now),
             now,
             totals: Totals::default(),
@@ -180,6 +188,8 @@ impl World {
             | Step::Pairs
             | Step::Refused
             | Step::FlowsEnd
+            | Step::HandedOff
+            | Step::HandedOffEnds
             | Step::StartWorks
             | Step::StartFails
             | Step::Ready
@@ -191,7 +201,26 @@ impl World {
         }
     }
 
+    /// What happens to handed-off flows without an event. Returns whether anything did.
+    fn happens_unseen(&mut self, step: Step) -> bool {
+        match step {
+            // While the last look is taken, a handshake may end that was under way.
+            Step::HandedOff if self.lifecycle.hands_off() || self.looking => self.totals.handed_off_open += 1,
+            Step::HandedOffEnds if self.totals.handed_off_open > 0 => self.totals.handed_off_open -= 1,
+            _ => return false,
+        }
+        self.totals.last_activity = self.now;
+        self.totals.handed_off_activity = self.now;
+        true
+    }
+
     fn take(&mut self, step: Step) -> bool {
+        if self.happens_unseen(step) {
+            return true;
+        }
+        if matches!(step, Step::DownCleanly | Step::Crash) || (step == Step::StopWorks && self.stopping) {
+            self.totals.handed_off_open = 0;
+        }
         let events = self.events(step);
         for event in &events {
             let commands = self.lifecycle.step(event.clone(), &self.totals, self.now);
@@ -215,6 +244,10 @@ impl World {
                 let draining = self.lifecycle.is_draining();
                 assert!(self.totals.flows_open == 0 || draining, "a stop with an open flow");
                 assert!(self.held() == 0 || draining, "a stop with a held client");
+                let (open, idle_time) = (self.totals.handed_off_open, self.rules.idle_time);
+                let silent = self.rules.idle_policy == IdlePolicy::Traffic
+                    && self.totals.handed_off_activity + idle_time <= self.now;
+                assert!(open == 0 || silent || draining, "a stop with a flow that was handed off");
                 self.starting = false;
                 self.stopping = true;
             }
@@ -249,6 +282,12 @@ impl World {
             self.held() == 0 || !matches!(state, State::Asleep | State::Settling(_)),
             "a client is held and nothing is done for it"
         );
+        let sleeps = self.rules.ownership != Ownership::Foreign && self.rules.idle_action == IdleAction::Stop;
+        let alone = self.held() == 0 && self.totals.flows_open == 0 && self.totals.handed_off_open > 0;
+        if sleeps && *state == State::Awake && !self.starting && alone {
+            let deadline = self.lifecycle.deadline(&self.totals, self.now);
+            assert!(deadline.is_some(), "nobody will see when the flows that were handed off end");
+        }
         if self.held() > 0 {
             let deadline = self.lifecycle.deadline(&self.totals, self.now);
             let under_way = self.lifecycle.is_awake() || self.stopping;
@@ -367,6 +406,62 @@ fn a_quiet_backend_is_looked_at_once_more_and_stopped() {
     assert!(world.stopping);
     assert!(world.take(Step::StopWorks));
     assert_eq!(world.lifecycle.state(), &State::Asleep);
+}
+
+#[test]
+fn new_connections_are_handed_off_once_those_who_waited_are_connected() {
+    let mut world = World::new(rules(Ownership::Managed, IdlePolicy::Connections), BackendState::Down);
+    for step in [Step::ClientComes, Step::ClientComes, Step::StartWorks, Step::Ready] {
+        assert!(world.take(step), "{step:?}");
+        assert!(!world.lifecycle.hands_off(), "{step:?}");
+    }
+    assert!(world.take(Step::Pairs) && world.lifecycle.hands_off());
+    assert!(
+        world.take(Step::ClientComes) && world.lifecycle.hands_off(),
+        "one more client is no reason to end it"
+    );
+    assert!(world.take(Step::Refused) && !world.lifecycle.hands_off());
+}
+
+#[test]
+fn a_handed_off_flow_keeps_it_awake_and_its_end_is_seen_in_time() {
+    let mut world = served(rules(Ownership::Managed, IdlePolicy::Connections));
+    world.take(Step::FlowsEnd);
+    assert!(world.take(Step::HandedOff));
+    for _ in 0..3 {
+        assert!(world.take(Step::Deadline) && !world.looking);
+    }
+    let closed = world.now;
+    assert!(world.take(Step::HandedOffEnds));
+    while !world.looking {
+        assert!(world.take(Step::Deadline));
+    }
+    assert_eq!(world.now, closed + world.rules.idle_time, "neither early nor late");
+    assert!(!world.lifecycle.hands_off());
+    assert!(world.take(Step::Quiet) && world.stopping);
+}
+
+#[test]
+fn a_handshake_that_ends_during_the_last_look_keeps_it_awake() {
+    let mut world = served(rules(Ownership::Managed, IdlePolicy::Connections));
+    for step in [Step::FlowsEnd, Step::Deadline, Step::HandedOff, Step::Quiet] {
+        assert!(world.take(step), "{step:?}");
+    }
+    assert!(!world.stopping && world.lifecycle.hands_off());
+}
+
+#[test]
+fn a_command_waits_for_handed_off_flows_at_the_exit_and_a_unit_does_not() {
+    for (ownership, waits) in [(Ownership::Own, true), (Ownership::Managed, false)] {
+        let mut world = served(rules(ownership, IdlePolicy::Connections));
+        for step in [Step::FlowsEnd, Step::HandedOff, Step::Terminate] {
+            assert!(world.take(step), "{step:?}");
+        }
+        assert_eq!((world.exited, world.stopping), (!waits, false));
+        if waits {
+            assert!(world.take(Step::HandedOffEnds) && world.take(Step::Deadline) && world.stopping);
+        }
+    }
 }
 
 #[test]

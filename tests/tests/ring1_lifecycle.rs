@@ -257,6 +257,21 @@ fn a_stop_request_lets_open_flows_end_and_takes_the_backend_along() -> Result<()
     Ok(())
 }
 
+/// Nothing but its own deadlines wakes it then.
+#[test]
+fn a_stop_without_a_service_manager_is_no_slower() -> Result<()> {
+    let (public, backend) = (public(), backend());
+    let mut command = Command::new("env");
+    command.args(["-u", "NOTIFY_SOCKET"]).arg(drowse_binary()?).args(["run", "--drain-time", "1min"]);
+    command.args(["--listen", &public, "--backend", &backend, "--", ECHO, &backend]);
+    let mut drowse = Drowse::spawn(&mut command)?;
+    drowse.wait_for_line("asleep")?;
+    one_request(b"wake up")?;
+    drowse.signal(Signal::TERM)?;
+    ensure!(drowse.wait_for_exit()?.success());
+    Ok(())
+}
+
 #[test]
 fn the_drain_time_bounds_a_stop() -> Result<()> {
     let mut drowse = run(&["--drain-time", "200ms"], &[])?;

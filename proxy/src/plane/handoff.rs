@@ -40,6 +40,7 @@ pub struct Handoff {
     backend: Vec<(Endpoint, Found)>,
     /// Steering is on while this lives.
     link: Option<SkLookupLink>,
+    has_steered: bool,
 }
 
 impl Handoff {
@@ -71,7 +72,7 @@ impl Handoff {
             let program: &mut SchedClassifier = object.program(name)?;
             program.load().map_err(ebpf::explain).with_context(|| format!("load {name}"))?;
         }
-        let mut handoff = Self { backend: Vec::new(), link: None };
+        let mut handoff = Self { backend: Vec::new(), link: None, has_steered: false };
         for endpoint in backend {
             handoff.learn(*endpoint);
         }
@@ -95,6 +96,12 @@ impl Handoff {
         self.link.is_some()
     }
 
+    /// Whether new connections went to the backend's listeners at any time.
+    #[must_use]
+    pub fn has_steered(&self) -> bool {
+        self.has_steered
+    }
+
     /// What was found at the backend's addresses.
     #[must_use]
     pub fn found(&self) -> &[(Endpoint, Found)] {
@@ -113,6 +120,7 @@ impl Handoff {
             let attached =
                 program.attach(netns).map_err(ebpf::explain).context("attach the steering program")?;
             self.link = Some(program.take_link(attached).context("keep the steering program attached")?);
+            self.has_steered = true;
         }
         Ok(())
     }
