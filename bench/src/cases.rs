@@ -33,6 +33,8 @@ pub mod startup;
 
 /// A backend that takes longer than this beyond its own delay has failed.
 const LISTEN_WITHIN: Duration = Duration::from_secs(10);
+/// Why this user has no peer that hands off.
+const NEEDS_ROOT: &str = "handing connections off needs root";
 
 /// How much is measured.
 #[derive(Debug, Clone, Copy)]
@@ -321,7 +323,7 @@ impl Setting {
     /// Starts a backend and `peer` in front of it, both at `ip`.
     fn start(&self, ip: IpAddr, peer: &dyn Peer, flows: usize) -> Result<(Backend, Started)> {
         if peer.hands_off() && !self.may_load_ebpf {
-            bail!(Unavailable("handing connections off needs root"));
+            bail!(Unavailable(NEEDS_ROOT));
         }
         if flows > peer.flows_max(self.files_max) {
             bail!(Unavailable(
