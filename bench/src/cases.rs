@@ -17,6 +17,7 @@ use crate::costs::Counters;
 pub use crate::costs::Work;
 use crate::cpus::{Layout, started_on};
 use crate::isolation::Remote;
+use crate::owners::{check_handed_off, wait_until_handed_off};
 use crate::peers::{Peer, Started, Wanted};
 use crate::process::{self, Running, readable_within};
 use crate::report::{Better, Latency, Measurement};
@@ -24,6 +25,7 @@ use crate::stats::Summary;
 use crate::wire::Pattern;
 
 pub mod cold;
+pub mod handoff_busy;
 pub mod idle_flows;
 pub mod loads;
 pub mod slow_reader;
@@ -31,6 +33,8 @@ pub mod startup;
 
 /// A backend that takes longer than this beyond its own delay has failed.
 const LISTEN_WITHIN: Duration = Duration::from_secs(10);
+/// Why this user has no peer that hands off.
+const NEEDS_ROOT: &str = "handing connections off needs root";
 
 /// How much is measured.
 #[derive(Debug, Clone, Copy)]
@@ -47,6 +51,10 @@ pub struct Sizes {
     pub idle_flows: usize,
     /// How long they are idle while the proxy's wake-ups are counted.
     pub idle_time: Duration,
+    /// Flows that were handed off and are all busy.
+    pub busy_flows: usize,
+    /// How long they are, with one request each second.
+    pub busy_time: Duration,
     /// Cold requests, and starts, of which a round is the median.
     pub starts_each: usize,
 }
@@ -60,6 +68,8 @@ impl Sizes {
         slow_bytes: 64 << 20,
         idle_flows: 9_000,
         idle_time: Duration::from_secs(2),
+        busy_flows: 10_000,
+        busy_time: Duration::from_secs(10),
         starts_each: 5,
     };
     /// For a smoke test.
@@ -70,6 +80,8 @@ impl Sizes {
         slow_bytes: 32 << 20,
         idle_flows: 300,
         idle_time: Duration::from_millis(200),
+        busy_flows: 300,
+        busy_time: Duration::from_secs(1),
         starts_each: 1,
     };
 }
@@ -150,6 +162,7 @@ pub fn all(setting: &Setting) -> Vec<Case<'_>> {
     cases.extend(remote.into_iter().map(|load| load.from_another_machine(setting)));
     cases.push(slow_reader::case(setting));
     cases.push(idle_flows::case(setting));
+    cases.extend(handoff_busy::case(setting));
     cases.extend(cold::cases(setting));
     cases.extend(startup::case(setting));
     cases
@@ -225,7 +238,7 @@ pub struct Backend {
     pub address: SocketAddr,
     /// When it began to listen: the monotonic time in nanoseconds.
     pub listened_at_ns: u64,
-    _process: Running,
+    process: Running,
 }
 
 impl Backend {
@@ -244,7 +257,13 @@ impl Backend {
             words.with_context(|| format!("the backend does not listen: {}", process.last_words()))?;
         let address = address.parse().context("read the backend's address")?;
         let listened_at_ns = at.parse().context("read the backend's time")?;
-        Ok(Self { address, listened_at_ns, _process: process })
+        Ok(Self { address, listened_at_ns, process })
+    }
+
+    /// The backend's process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
     }
 }
 
@@ -257,7 +276,8 @@ impl Setting {
     }
 
     /// Starts a backend on a free port and `peer` in front of it, shows that bytes pass, and has `measure` put a load
-    /// on them. What the load cost is added to the sample's details, if that says how much work it was.
+    /// on them. What the load cost is added to the sample's details, if that says how much work it was. A peer that
+    /// hands off is shown to do so before the load and after it.
     ///
     /// # Errors
     /// When one of them does not start, or `measure` fails. [`Unavailable`] when `peer` cannot hold `flows` flows.
@@ -267,8 +287,9 @@ impl Setting {
         flows: usize,
         measure: impl FnOnce(&Started) -> Result<Sample>,
     ) -> Result<Sample> {
-        let (_backend, mut started) = self.start(Ipv4Addr::LOCALHOST.into(), peer, flows)?;
-        let outcome = load(&self.pattern, peer.has_process_for_each_flow(), &started, measure);
+        let (backend, mut started) = self.start(Ipv4Addr::LOCALHOST.into(), peer, flows)?;
+        let way = self.way(peer, &backend);
+        let outcome = way.load(&started, measure);
         started.explain(outcome)
     }
 
@@ -285,14 +306,25 @@ impl Setting {
         let Some(remote) = &self.remote else {
             bail!(Unavailable("a second network namespace could not be made; the run has said why"));
         };
-        let (_backend, mut started) = self.start(Remote::PROXY.into(), peer, flows)?;
-        let (pattern, has_process_for_each_flow) = (&self.pattern, peer.has_process_for_each_flow());
-        let outcome = remote.run(|| load(pattern, has_process_for_each_flow, &started, measure));
+        let (backend, mut started) = self.start(Remote::PROXY.into(), peer, flows)?;
+        let way = self.way(peer, &backend);
+        let outcome = remote.run(|| way.load(&started, measure));
         started.explain(outcome)
+    }
+
+    fn way(&self, peer: &dyn Peer, backend: &Backend) -> Way<'_> {
+        Way {
+            pattern: &self.pattern,
+            has_process_for_each_flow: peer.has_process_for_each_flow(),
+            handed_off_to: peer.hands_off().then(|| backend.pid()),
+        }
     }
 
     /// Starts a backend and `peer` in front of it, both at `ip`.
     fn start(&self, ip: IpAddr, peer: &dyn Peer, flows: usize) -> Result<(Backend, Started)> {
+        if peer.hands_off() && !self.may_load_ebpf {
+            bail!(Unavailable(NEEDS_ROOT));
+        }
         if flows > peer.flows_max(self.files_max) {
             bail!(Unavailable(
                 "it cannot hold so many flows with the files, or the processes, that it may have"
@@ -326,21 +358,34 @@ impl Setting {
     }
 }
 
-/// Shows that bytes pass, runs `measure`, and adds what its load cost.
-fn load(
-    pattern: &Pattern,
+/// How a peer that was started is measured.
+#[derive(Clone, Copy)]
+struct Way<'a> {
+    pattern: &'a Pattern,
     has_process_for_each_flow: bool,
-    started: &Started,
-    measure: impl FnOnce(&Started) -> Result<Sample>,
-) -> Result<Sample> {
-    crate::client::warm_up(started.address, pattern)?;
-    let counters = || Counters::now(started.process.as_ref(), has_process_for_each_flow);
-    let before = counters()?;
-    let mut sample = measure(started)?;
-    if let Some(work) = sample.work {
-        sample.details.extend(counters()?.costs_since(&before, work));
+    /// The backend's process, when it must hold its clients' connections itself.
+    handed_off_to: Option<u32>,
+}
+
+impl Way<'_> {
+    /// Shows that bytes pass, runs `measure`, and adds what its load cost.
+    fn load(&self, started: &Started, measure: impl FnOnce(&Started) -> Result<Sample>) -> Result<Sample> {
+        let address = started.address;
+        crate::client::warm_up(address, self.pattern)?;
+        if let Some(backend) = self.handed_off_to {
+            wait_until_handed_off(address, backend, self.pattern)?;
+        }
+        let counters = || Counters::now(started.process.as_ref(), self.has_process_for_each_flow);
+        let before = counters()?;
+        let mut sample = measure(started)?;
+        if let Some(work) = sample.work {
+            sample.details.extend(counters()?.costs_since(&before, work));
+        }
+        if let Some(backend) = self.handed_off_to {
+            check_handed_off(address, backend, self.pattern)?;
+        }
+        Ok(sample)
     }
-    Ok(sample)
 }
 
 /// A loopback address that is free now. Nothing else binds ports in a namespace of our own.

@@ -81,13 +81,17 @@ impl Counters {
             return Vec::new();
         }
         let mut costs = vec![(machine, seconds(self.machine_ticks, before.machine_ticks) / units)];
-        if let (Some(now), Some(before)) = (&self.proxy, &before.proxy) {
-            let ran_ns = now.sum_since(before, |thread| thread.ran_ns);
-            let cpu_s = float(ran_ns) / 1e9 + seconds(now.reaped_ticks, before.reaped_ticks);
-            costs.push((proxy, cpu_s / units));
-        }
+        costs.extend(self.proxy_cpu_s_since(before).map(|cpu_s| (proxy, cpu_s / units)));
         costs.extend(self.switches_since(before).map(|count| (switches, float(count) / small_units)));
         costs
+    }
+
+    /// Seconds of processor time that the proxy took since `before`; none without a proxy.
+    #[must_use]
+    pub fn proxy_cpu_s_since(&self, before: &Self) -> Option<f64> {
+        let (now, before) = (self.proxy.as_ref()?, before.proxy.as_ref()?);
+        let ran_ns = now.sum_since(before, |thread| thread.ran_ns);
+        Some(float(ran_ns) / 1e9 + seconds(now.reaped_ticks, before.reaped_ticks))
     }
 
     /// How often the proxy waited since `before`; none when that cannot be known.

@@ -2,7 +2,8 @@
 //! [`isolation`] -> [`cpus`] -> [`peers`] -> [`cases`] -> [`report`] -> [`plot`] -> [`bars`].
 //!
 //! [`client`] and [`backend`] are the two ends of every measurement and speak [`wire`]; [`process`] owns all children,
-//! [`costs`] what they take of the machine, and [`stats`] the rules by which rounds become figures.
+//! [`costs`] what they take of the machine, [`owners`] who holds a connection, and [`stats`] the rules by which rounds
+//! become figures.
 
 pub mod backend;
 pub mod bars;
@@ -11,6 +12,7 @@ pub mod client;
 pub mod costs;
 pub mod cpus;
 pub mod isolation;
+pub mod owners;
 pub mod peers;
 pub mod plot;
 pub mod process;

@@ -117,6 +117,11 @@ pub trait Peer {
         false
     }
 
+    /// Whether the backend itself must hold the connections of its clients; a measurement without that is an error.
+    fn hands_off(&self) -> bool {
+        false
+    }
+
     /// Starts it.
     ///
     /// # Errors
@@ -199,13 +204,34 @@ mod tests {
     fn what_a_peer_can_hold_follows_from_its_files_per_flow() {
         let proxyd = SocketProxyd { program: PathBuf::new() };
         assert_eq!(proxyd.flows_max(20_000), 3_316);
-        let drowse = Drowse { program: PathBuf::new(), plane: Plane::Splice };
-        assert!(drowse.flows_max(20_000) >= 9_000);
+        let drowse = |plane| Drowse { program: PathBuf::new(), plane, variant: Vec::new() };
+        assert!((9_000..10_000).contains(&drowse(Plane::Splice).flows_max(20_000)));
+        assert!(drowse(Plane::Handoff).flows_max(20_000) >= 10_000);
         assert!(Haproxy.flows_max(20_000) >= 9_000);
         assert!(Nginx.flows_max(20_000) >= 9_000);
         assert!(Socat.flows_max(20_000) < 512);
         assert_eq!(Direct.flows_max(50), 0);
         assert_eq!(Haproxy.flows_max(50), 0);
+    }
+
+    #[test]
+    fn hand_off_has_a_name_of_its_own_and_no_limit_of_connections() {
+        let layout = Layout { client: vec![0], proxy: vec![0, 1], backend: vec![1] };
+        let line = |plane, port: u16, variant: &[&str]| {
+            let variant = variant.iter().map(|option| (*option).to_owned()).collect();
+            let backend = SocketAddr::from(([127, 0, 0, 1], port));
+            let wanted = Wanted { backend, listen: [127, 0, 0, 1].into(), flows: 7, layout: &layout };
+            let drowse = Drowse { program: PathBuf::new(), plane, variant };
+            (drowse.name(), drowse.command_line(&wanted).join(" "))
+        };
+        let (name, first) = line(Plane::Handoff, 81, &[]);
+        assert_eq!(name, "drowse-handoff");
+        assert!(!first.contains("--connections-max") && first.contains("--name="), "{first}");
+        let named = |line: &str| line.split(' ').find(|word| word.starts_with("--name=")).map(str::to_owned);
+        assert_ne!(named(&first), named(&line(Plane::Handoff, 82, &[]).1));
+        assert!(line(Plane::Splice, 81, &[]).1.ends_with("--connections-max=8"));
+        let variant = line(Plane::Handoff, 81, &["--a=1", "--b"]);
+        assert_eq!(variant, ("drowse-handoff-variant", format!("{first} --a=1 --b")));
     }
 
     #[test]

@@ -265,6 +265,7 @@ pub fn title(case: &str) -> String {
         ["idle-flows", rest @ ..] => {
             ["open idle flows"].iter().chain(rest).copied().collect::<Vec<_>>().join(", ")
         }
+        ["handoff-busy"] => "drowse while all flows that it handed off are busy".to_owned(),
         ["cold", "instant"] => "cold start, instant backend".to_owned(),
         ["cold", delay] => format!("cold start, backend listens after {delay}"),
         ["startup"] => "start until ready".to_owned(),

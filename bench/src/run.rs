@@ -15,6 +15,7 @@ use crate::isolation::{self, Network, Remote};
 use crate::peers::{Direct, Drowse, Haproxy, Nginx, Peer, Plane, Socat, SocketProxyd, Wanted};
 use crate::plot;
 use crate::report::compare::compare;
+use crate::report::ranking::DIRECT;
 use crate::report::{Machine, PeerFacts, Report, SCHEMA, markdown, readme};
 use crate::wire::Pattern;
 
@@ -50,8 +51,12 @@ pub struct RunArgs {
     #[arg(long, value_name = "CASE", value_delimiter = ',')]
     pub only: Vec<String>,
     /// drowse's planes to measure.
-    #[arg(long, value_name = "PLANE", value_delimiter = ',', default_values = ["splice", "copy"])]
+    #[arg(long, value_name = "PLANE", value_delimiter = ',', default_values = ["handoff", "splice", "copy"])]
     pub planes: Vec<Plane>,
+    /// Measure each of these planes a second time, in the same rounds and as drowse-PLANE-variant, with this option of
+    /// drowse; again for more options.
+    #[arg(long, value_name = "OPTION", allow_hyphen_values = true)]
+    pub variant_option: Vec<String>,
     /// Leave drowse out and measure the peers alone.
     #[arg(long)]
     pub no_drowse: bool,
@@ -180,8 +185,15 @@ fn setting(args: &RunArgs) -> Result<Setting> {
     }
     let drowse = if args.no_drowse { None } else { Some(drowse(args, &this_program)?) };
     for (plane, program) in args.planes.iter().zip(drowse.iter().cycle()) {
-        peers.push(Box::new(Drowse { program: program.clone(), plane: *plane }));
+        let drowse = |variant| Box::new(Drowse { program: program.clone(), plane: *plane, variant });
+        peers.push(drowse(Vec::new()));
+        if !args.variant_option.is_empty() {
+            peers.push(drowse(args.variant_option.clone()));
+        }
     }
+    // What hand-off is compared with is a direct connection: one right after the other, within the same moment of the
+    // machine.
+    peers.sort_by_key(|peer| peer.name() != DIRECT && !peer.hands_off());
     Ok(Setting {
         sizes: if args.quick { Sizes::QUICK } else { Sizes::FULL },
         layout: Layout::of_this_machine()?,
@@ -288,7 +300,8 @@ fn output_directory(args: &RunArgs) -> Result<PathBuf> {
     let whole = !args.quick
         && !args.no_drowse
         && args.only.is_empty()
-        && args.planes.len() >= 2
+        && args.planes.len() >= 3
+        && args.variant_option.is_empty()
         && args.peers.len() >= 5;
     if whole {
         return Ok(Path::new(env!("CARGO_MANIFEST_DIR")).join("results"));
@@ -413,6 +426,10 @@ mod tests {
         assert!(parse(&["--quick", "--check"]).is_err());
         assert!(parse(&["--quick", "--compare", "other.json"]).is_err());
         assert!(parse(&["--quick", "--from", "other.json"]).is_err());
+        assert_eq!(
+            parse(&["--variant-option=--a", "--variant-option", "--b=1"]).unwrap().variant_option,
+            ["--a", "--b=1"]
+        );
         assert_eq!(parse(&["--only", "request/64B,bulk"]).unwrap().only, ["request/64B", "bulk"]);
     }
 }

@@ -15,7 +15,8 @@ use drowse_bench::client::bulk::{BulkLoad, Direction};
 use drowse_bench::client::closed::RequestLoad;
 use drowse_bench::costs::{Counters, Work};
 use drowse_bench::cpus::Layout;
-use drowse_bench::peers::{Haproxy, Nginx, Peer, Socat, SocketProxyd, Wanted};
+use drowse_bench::owners::{check_handed_off, wait_until_handed_off};
+use drowse_bench::peers::{Direct, Haproxy, Nginx, Peer, Socat, SocketProxyd, Wanted};
 use drowse_bench::process::{self, Running};
 use drowse_bench::report::Report;
 use drowse_bench::wire::Pattern;
@@ -78,11 +79,30 @@ fn forwards(peer: &dyn Peer) {
     assert!(TcpStream::connect(address).is_err(), "{} still listens", peer.name());
 }
 
-#[test]
-fn systemd_socket_proxyd_forwards() {
+fn socket_proxyd() -> SocketProxyd {
     let programs = ["/usr/lib/systemd/systemd-socket-proxyd", "/lib/systemd/systemd-socket-proxyd"];
     let program = programs.iter().map(PathBuf::from).find(|program| program.exists()).unwrap();
-    forwards(&SocketProxyd { program });
+    SocketProxyd { program }
+}
+
+#[test]
+fn systemd_socket_proxyd_forwards() {
+    forwards(&socket_proxyd());
+}
+
+#[test]
+fn a_forwarded_connection_is_not_taken_for_one_that_was_handed_off() {
+    let (backend, pattern, layout) = (backend(), Pattern::default(), Layout::of_this_machine().unwrap());
+    let wanted =
+        Wanted { backend: backend.address, listen: [127, 0, 0, 1].into(), flows: 4, layout: &layout };
+    let direct = Direct.start(&wanted).unwrap();
+    wait_until_handed_off(direct.address, backend.pid(), &pattern).unwrap();
+    check_handed_off(direct.address, backend.pid(), &pattern).unwrap();
+    let proxyd = socket_proxyd().start(&wanted).unwrap();
+    client::warm_up(proxyd.address, &pattern).unwrap();
+    assert!(check_handed_off(proxyd.address, backend.pid(), &pattern).is_err());
+    let refusal = wait_until_handed_off(proxyd.address, backend.pid(), &pattern).unwrap_err();
+    assert!(format!("{refusal:#}").contains("hands none to the backend"), "{refusal:#}");
 }
 
 #[test]

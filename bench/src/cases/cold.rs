@@ -5,6 +5,7 @@
 //! the moment at which the backend listened.
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use crate::cpus::started_on;
 use crate::process::{self, Running, readable_within};
 use crate::report::Better;
 use crate::stats::median;
+use crate::wire::Stamp;
 
 const LISTEN_DELAYS: [(&str, Duration); 2] =
     [("instant", Duration::ZERO), ("300ms", Duration::from_millis(300))];
@@ -77,6 +79,34 @@ impl Ebpf {
     }
 }
 
+/// A backend that drowse started.
+#[derive(Debug)]
+pub struct AwakeBackend {
+    exit: OwnedFd,
+}
+
+impl AwakeBackend {
+    /// Watches the process that `stamp` names.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn of(stamp: Stamp) -> Result<Self> {
+        let pid =
+            i32::try_from(stamp.pid).ok().and_then(Pid::from_raw).context("read the backend's process id")?;
+        Ok(Self { exit: pidfd_open(pid, PidfdFlags::empty()).context("watch the backend")? })
+    }
+
+    /// Waits until drowse has stopped it.
+    ///
+    /// # Errors
+    /// When it does not in time.
+    pub fn wait_until_stopped(&self) -> Result<()> {
+        let is_stopped = readable_within(&self.exit, ASLEEP_WITHIN)?;
+        ensure!(is_stopped, "the backend was not stopped within {ASLEEP_WITHIN:?}");
+        Ok(())
+    }
+}
+
 /// One cold request, divided.
 #[derive(Debug, Clone, Copy)]
 struct ColdRequest {
@@ -87,7 +117,8 @@ struct ColdRequest {
 
 fn measure(setting: &Setting, drowse: &Path, ebpf: Ebpf, delay: Duration) -> Result<Sample> {
     let (listen, backend) = (free_address()?, free_address()?);
-    let mut proxy = start(setting, drowse, ebpf, delay, (listen, backend))?;
+    let options = [ebpf.option(), &format!("--idle-time={IDLE_TIME}")];
+    let mut proxy = start(setting, drowse, &options, delay, (listen, backend))?;
     let mut alone = Vec::new();
     let mut cold = Vec::new();
     for _ in 0..setting.sizes.starts_each {
@@ -117,17 +148,21 @@ fn measure(setting: &Setting, drowse: &Path, ebpf: Ebpf, delay: Duration) -> Res
     })
 }
 
-/// Starts drowse in front of a sleeping backend and waits until it says that it is ready.
-fn start(
+/// Starts drowse with `options` in front of a sleeping backend, which is a command of its own, and waits until it says
+/// that it is ready.
+///
+/// # Errors
+/// When it does not.
+pub fn start(
     setting: &Setting,
     drowse: &Path,
-    ebpf: Ebpf,
+    options: &[&str],
     delay: Duration,
     (listen, backend): (SocketAddr, SocketAddr),
 ) -> Result<Running> {
     let ready = super::startup::ReadySocket::open()?;
     let mut command = process::command(drowse);
-    command.args(["run", ebpf.option(), "--idle-time", IDLE_TIME]);
+    command.arg("run").args(options);
     command.args([format!("--listen={listen}"), format!("--backend={backend}"), "--".to_owned()]);
     command.arg(&setting.this_program).args(Setting::backend_arguments(backend, delay));
     ready.announce_to(&mut command);
@@ -143,14 +178,9 @@ fn cold_request(listen: SocketAddr) -> Result<ColdRequest> {
     let answered_at = drowse::clock::now();
     let listened_at = Duration::from_nanos(stamp.listened_at_ns);
     ensure!(listened_at > started_at, "the backend was awake before the cold request");
-    let pid =
-        i32::try_from(stamp.pid).ok().and_then(Pid::from_raw).context("read the backend's process id")?;
-    let backend_exit = pidfd_open(pid, PidfdFlags::empty()).context("watch the backend")?;
+    let backend = AwakeBackend::of(stamp)?;
     drop(flow);
-    ensure!(
-        readable_within(&backend_exit, ASLEEP_WITHIN)?,
-        "the backend was not stopped within {ASLEEP_WITHIN:?}"
-    );
+    backend.wait_until_stopped()?;
     Ok(ColdRequest {
         whole: answered_at.saturating_sub(started_at),
         until_listening: listened_at.saturating_sub(started_at),

@@ -81,14 +81,17 @@ impl PacedLoad {
     /// # Errors
     /// When a connection fails, stalls, or brings a wrong answer.
     pub fn run(&self, address: SocketAddr, pattern: &Pattern) -> Result<LoadResult> {
-        ensure!(
-            self.request_len > 0 && self.connections > 0 && self.requests_per_second > 0,
-            "a load has connections, bytes and a rate"
-        );
-        let mut flows = EchoFlows::open(address, pattern, self.connections)?;
+        self.run_over(&mut EchoFlows::open(address, pattern, self.connections)?)
+    }
+
+    /// As [`PacedLoad::run`], over connections that are open already, as many as the load asks for.
+    ///
+    /// # Errors
+    /// When a connection stalls, or brings a wrong answer.
+    pub fn run_over(&self, flows: &mut EchoFlows<'_>) -> Result<LoadResult> {
         // The kernel wakes a thread up to 50 microseconds late unless told that this matters (PR_SET_TIMERSLACK).
         set_current_timer_slack(Some(NonZeroU64::MIN)).context("ask for exact timers")?;
-        let outcome = self.send_and_receive(&mut flows);
+        let outcome = self.send_and_receive(flows);
         set_current_timer_slack(None).context("go back to usual timers")?;
         outcome
     }
@@ -117,6 +120,10 @@ impl PacedLoad {
     }
 
     fn start(&self) -> Result<Progress> {
+        ensure!(
+            self.request_len > 0 && self.connections > 0 && self.requests_per_second > 0,
+            "a load has connections, bytes and a rate"
+        );
         let starts_at = drowse::clock::now();
         let schedule = Schedule { starts_at, requests_per_second: self.requests_per_second };
         let end = schedule.within(self.warm_up_time + self.measured_time);

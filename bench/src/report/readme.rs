@@ -13,7 +13,7 @@ use crate::stats::{self, Better, Order, median, ratios};
 const REFERENCE: &str = "systemd-socket-proxyd";
 
 /// The rows: a case, and, where the row is not about its main figure, the name and unit of the detail.
-const ROWS: [(&str, Option<(&str, &str)>); 19] = [
+const ROWS: [(&str, Option<(&str, &str)>); 20] = [
     ("request/64B/1", None),
     ("request/64B/32", None),
     ("request/64B/512", None),
@@ -27,6 +27,7 @@ const ROWS: [(&str, Option<(&str, &str)>); 19] = [
     ("bulk/down", Some(("machine_cpu_s_per_gib", "CPU s of the machine per GiB"))),
     ("idle-flows", None),
     ("idle-flows", Some(("kernel_kib_per_flow", "KiB/flow of the kernel"))),
+    ("handoff-busy", None),
     ("slow-reader", None),
     ("remote/request/64B/32", None),
     ("remote/bulk/down", None),
