@@ -2,8 +2,9 @@
 //!
 //! Every flow has a request each second; what it costs drowse is counted from the first request until the last answer,
 //! with all flows open. A plain proxy never stops its backend and so never decides whether it is idle;
-//! `drowse-handoff-deciding` does, each [`IDLE_TIME`], by the traffic of its flows. What the kernel does for drowse while it works for client and backend is not drowse's own time:
-//! it is in `machine_cpu_s_per_100k`, which the request cases compare with a direct connection.
+//! `drowse-handoff-deciding` does, each [`IDLE_TIME`], by the traffic of its flows. What the kernel does for drowse while
+//! it works for client and backend is not drowse's own time: it is in `machine_cpu_s_per_100k`, which the request cases
+//! compare with a direct connection.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
