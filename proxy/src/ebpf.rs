@@ -134,8 +134,10 @@ impl Object {
 
     /// Runs the classifier `name`, which is loaded, `times` times with `frame`, in the network namespace of this thread.
     /// Gives its last answer.
-    pub(crate) fn ask(&mut self, name: &str, frame: &[u8], times: u32) -> anyhow::Result<u32> {
-        let program: &mut SchedClassifier = self.program(name)?;
+    pub(crate) fn ask(&self, name: &str, frame: &[u8], times: u32) -> anyhow::Result<u32> {
+        let program =
+            self.ebpf.program(name).with_context(|| format!("find program {name} in the eBPF object"))?;
+        let program: &SchedClassifier = program.try_into().with_context(|| format!("use program {name}"))?;
         let options = TestRunOptions { data_in: Some(frame), repeat: times, ..TestRunOptions::new() };
         let result = program.test_run(options).map_err(explain).with_context(|| format!("run {name}"))?;
         Ok(result.return_value)

@@ -33,6 +33,7 @@ use crate::listener::{Listeners, Passed, SEAL_TIME};
 use crate::pairing::{self, Gate, Outcome};
 use crate::plane::Plane;
 use crate::plane::forward::{Forward, Mode};
+use crate::plane::handoff::Inspect;
 use crate::readiness::{self, Hints};
 use crate::report::notify::{self, Notifier};
 use crate::report::status_line::status_line;
@@ -510,10 +511,10 @@ impl EventLoop {
         self.accounting.totals().with_handed_off(&self.kernel.service())
     }
 
-    /// Brings the bytes of handed-off flows up to date, where a decision depends on them.
-    fn inspect(&mut self) {
+    /// Brings the activity of handed-off flows up to date, where a decision depends on it.
+    fn inspect(&self) {
         if self.run.idle_policy == IdlePolicy::Traffic && self.totals().handed_off_open > 0 {
-            self.kernel.inspect();
+            self.kernel.inspect(Inspect::UntilOneMoved);
         }
     }
 

@@ -18,7 +18,7 @@ use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, RunArgs, Switch};
 use crate::ebpf::Object;
 use crate::plane::choose::{self, ListenerFacts};
-use crate::plane::handoff::{self, Found, Handoff};
+use crate::plane::handoff::{self, Found, Handoff, Inspect};
 use crate::readiness::listen_hook::ListenHook;
 use crate::sockets;
 
@@ -266,11 +266,11 @@ impl Kernel {
         })
     }
 
-    /// Brings the bytes and the activity of open handed-off flows up to date; a microsecond for each.
-    pub fn inspect(&mut self) {
-        let Stage::Loaded(loaded) = &mut self.stage else { return };
+    /// Brings the bytes and the activity of open handed-off flows up to date; some microseconds for each.
+    pub fn inspect(&self, which: Inspect) {
+        let Stage::Loaded(loaded) = &self.stage else { return };
         if loaded.handoff.is_ok()
-            && let Err(error) = handoff::inspect(&mut loaded.object, false)
+            && let Err(error) = handoff::inspect(&loaded.object, which)
         {
             warn!("{error:#}");
         }

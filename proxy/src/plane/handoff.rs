@@ -76,7 +76,7 @@ impl Handoff {
         for endpoint in backend {
             handoff.learn(*endpoint);
         }
-        inspect(object, true).context("take up the flows that were handed off before")?;
+        inspect(object, Inspect::TakeUp).context("take up the flows that were handed off before")?;
         Ok(handoff)
     }
 
@@ -135,7 +135,7 @@ impl Handoff {
     ///
     /// # Errors
     /// The kernel cannot be asked.
-    pub fn find(&mut self, object: &mut Object) -> anyhow::Result<()> {
+    fn find(&mut self, object: &mut Object) -> anyhow::Result<()> {
         for ((backend, found), first_slot) in
             self.backend.iter_mut().zip((0_u32..).step_by(SLOTS_PER_ADDRESS as usize))
         {
@@ -180,17 +180,41 @@ pub fn steered(object: &Object, endpoint: &Endpoint) -> anyhow::Result<Steered> 
         .context("read a public address's counters")
 }
 
-/// Brings the counters of the open flows up to date; with `remove`, flows that are not there any more are taken out.
+/// Which flows an inspection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inspect {
+    /// All, to show them.
+    All,
+    /// As many as it takes to find one that has moved bytes since the last inspection: whether there is one is all that
+    /// the idle decision wants to know, and while flows are busy the first ones tell.
+    UntilOneMoved,
+    /// All, and those that are not there any more are taken out: nobody was told when they closed.
+    TakeUp,
+}
+
+/// Brings the counters of open flows up to date.
 ///
 /// # Errors
 /// The kernel cannot be asked.
-pub fn inspect(object: &mut Object, remove: bool) -> anyhow::Result<()> {
+pub fn inspect(object: &Object, which: Inspect) -> anyhow::Result<()> {
+    let before = service(object)?.last_activity_ns;
     let flows = object.hash_map::<u64, Flow>(abi::map::FLOWS)?;
-    // A flow that closes meanwhile may end the walk early: what it missed is seen the next time.
-    let cookies: Vec<u64> = flows.keys().take(abi::FLOWS_MAX).map_while(Result::ok).collect();
-    for part in cookies.chunks(abi::INSPECTED_MAX) {
-        let inspection = Inspection::of(part, remove);
+    let mut cookies: Box<dyn Iterator<Item = u64>> =
+        Box::new(flows.keys().take(abi::FLOWS_MAX).map_while(Result::ok));
+    if which == Inspect::TakeUp {
+        // A walk begins anew when the entry that it is at is taken out.
+        cookies = Box::new(cookies.collect::<Vec<_>>().into_iter());
+    }
+    loop {
+        let part: Vec<u64> = cookies.by_ref().take(abi::INSPECTED_MAX).collect();
+        if part.is_empty() {
+            break;
+        }
+        let inspection = Inspection::of(&part, which == Inspect::TakeUp);
         object.ask(abi::program::INSPECT_FLOWS, &inspection.to_frame(), inspection.count)?;
+        if which == Inspect::UntilOneMoved && service(object)?.last_activity_ns != before {
+            break;
+        }
     }
     Ok(())
 }
