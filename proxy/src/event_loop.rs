@@ -13,6 +13,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use rustix::process::Rlimit;
 use socket2::Socket;
+use tokio::net::UnixStream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio::time::{Interval, MissedTickBehavior};
@@ -33,7 +34,9 @@ use crate::plane::Plane;
 use crate::plane::forward::{Forward, Mode};
 use crate::readiness::listen_hook::ListenHook;
 use crate::readiness::{self, Hints};
+use crate::report::control::{self, Control};
 use crate::report::notify::{self, Notifier};
+use crate::report::snapshot::{FlowCount, HandoffView, History, Snapshot, Sources};
 use crate::report::status_line::status_line;
 
 /// What the service manager's own stop timeout may take beyond ours.
@@ -66,6 +69,9 @@ pub struct EventLoop {
     look: Task<bool>,
     hook: Hook,
     notifier: Notifier,
+    control: Control,
+    history: History,
+    handoff_view: HandoffView,
     status_due: Option<Monotonic>,
     watchdog: Option<Interval>,
     terminate: Signal,
@@ -97,6 +103,8 @@ enum Woken {
     Changed(Change),
     HookLoaded(Box<anyhow::Result<ListenHook>>),
     Listened,
+    /// Somebody at the status socket.
+    Asked(UnixStream),
     FewFlowsOpen,
     Deadline,
     WatchdogDue,
@@ -161,6 +169,9 @@ impl EventLoop {
             lifecycle: Lifecycle::new(run.rules(), backend, clock::now()),
             accounting,
             plane: Box::new(plane),
+            control: status_socket(&run),
+            history: History::default(),
+            handoff_view: HandoffView::off(listeners.names(), None),
             listeners: Some(listeners),
             driver,
             gate: Arc::default(),
@@ -237,6 +248,7 @@ impl EventLoop {
             busy = finished(&mut self.look) => Woken::Looked(busy),
             () = due(self.watchdog.as_mut()) => Woken::WatchdogDue,
             () = sleep_until(deadline, now) => Woken::Deadline,
+            peer = self.control.asked() => Woken::Asked(peer),
             woken = self.hook.next() => woken,
             Some(outcome) = self.clients.next(), if !self.clients.is_empty() => Woken::Client(outcome),
             () = self.accounting.few_open() => Woken::FewFlowsOpen,
@@ -288,6 +300,11 @@ impl EventLoop {
             }
             Woken::Listened => {
                 self.hints.nudge();
+                vec![]
+            }
+            Woken::Asked(peer) => {
+                let snapshot = self.snapshot();
+                self.control.answer(peer, &snapshot);
                 vec![]
             }
             Woken::FewFlowsOpen | Woken::Deadline => vec![Event::Tick],
@@ -380,6 +397,7 @@ impl EventLoop {
 
     /// The end of the last look: the accept queues are looked at after the busy command has had its say.
     fn last_look(&mut self, busy: bool) -> Vec<Event> {
+        self.history.looked(busy, clock::now());
         let totals = self.accounting.totals();
         let has_room = self.lifecycle.held() + totals.flows_open < self.connections_max;
         let waiting = self.listeners.as_ref().filter(|_| has_room).and_then(Listeners::try_accept);
@@ -397,6 +415,7 @@ impl EventLoop {
         tracing::trace!(?event, ?before, held = self.lifecycle.held(), "event");
         let commands = self.lifecycle.step(event, &totals, now);
         self.gate.set_open(self.lifecycle.is_awake());
+        self.history.changed(&before, self.lifecycle.state(), now.saturating_sub(since), now);
         self.log_change(&before, now.saturating_sub(since));
         if !commands.contains(&Command::Exit) {
             self.stay();
@@ -418,7 +437,10 @@ impl EventLoop {
             Command::BackendGone => self.plane.backend_gone(),
             Command::CloseSilent => self.plane.close_silent(self.run.idle_time),
             Command::LookAgain => self.look = Some(Box::pin(busy::is_busy(self.run.busy_command.clone()))),
-            Command::Report(failure) => self.report(&failure),
+            Command::Report(failure) => {
+                self.history.failed(&failure, clock::now());
+                self.report(&failure);
+            }
             Command::StopAccepting => self.stop_accepting(),
             Command::Exit => self.leave(),
         }
@@ -549,6 +571,24 @@ impl EventLoop {
             .status(state, now, || status_line(&self.lifecycle, &self.name, &self.accounting.totals(), now));
     }
 
+    /// This moment, for whoever asks.
+    fn snapshot(&self) -> Snapshot {
+        // The one place that has to know how many flows were handed off.
+        let handed_off = FlowCount::default();
+        let sources = Sources {
+            run: &self.run,
+            backend_name: &self.name,
+            connections_max: self.connections_max,
+            lifecycle: &self.lifecycle,
+            totals: &self.accounting.totals(),
+            handed_off,
+            history: &self.history,
+            forward: self.plane.name(),
+            handoff: &self.handoff_view,
+        };
+        Snapshot::new(&sources, clock::now())
+    }
+
     /// Nobody new gets in; whoever is half in is still taken in. Those who wait at a listener of systemd's wake the
     /// next drowse.
     fn stop_accepting(&mut self) {
@@ -634,6 +674,15 @@ async fn driver(run: &RunArgs, open_files: Rlimit) -> anyhow::Result<Option<Box<
     let listens_for_ready = run.ready_probe == ReadyProbe::Notify;
     let driver = ExecDriver::new(run.command.clone(), run.stop_timeout, open_files, listens_for_ready);
     Ok(Some(Box::new(driver)))
+}
+
+/// The status socket; a service without one serves as well.
+fn status_socket(run: &RunArgs) -> Control {
+    let directory = control::own_directory(run.runtime_dir.as_deref(), run.user);
+    Control::open(directory.as_deref(), &run.service_name()).unwrap_or_else(|error| {
+        info!("no status socket: {error:#}");
+        Control::default()
+    })
 }
 
 fn occupied_failure(address: &str) -> Failure {
