@@ -103,10 +103,10 @@ enum Woken {
     Changed(Change),
     HookLoaded(Box<anyhow::Result<ListenHook>>),
     Listened,
-    /// Somebody at the status socket.
-    Asked(UnixStream),
     FewFlowsOpen,
     Deadline,
+    /// Somebody is at the status socket.
+    StatusAsked(UnixStream),
     WatchdogDue,
     ReloadAsked,
     Resynced(Result<BackendState, Failure>),
@@ -248,10 +248,10 @@ impl EventLoop {
             busy = finished(&mut self.look) => Woken::Looked(busy),
             () = due(self.watchdog.as_mut()) => Woken::WatchdogDue,
             () = sleep_until(deadline, now) => Woken::Deadline,
-            peer = self.control.asked() => Woken::Asked(peer),
             woken = self.hook.next() => woken,
             Some(outcome) = self.clients.next(), if !self.clients.is_empty() => Woken::Client(outcome),
             () = self.accounting.few_open() => Woken::FewFlowsOpen,
+            peer = self.control.asked() => Woken::StatusAsked(peer),
             client = accepted(self.listeners.as_mut()), if has_room => Woken::Accepted(client),
         }
     }
@@ -302,12 +302,12 @@ impl EventLoop {
                 self.hints.nudge();
                 vec![]
             }
-            Woken::Asked(peer) => {
+            Woken::FewFlowsOpen | Woken::Deadline => vec![Event::Tick],
+            Woken::StatusAsked(peer) => {
                 let snapshot = self.snapshot();
                 self.control.answer(peer, &snapshot);
                 vec![]
             }
-            Woken::FewFlowsOpen | Woken::Deadline => vec![Event::Tick],
             Woken::WatchdogDue => {
                 self.notifier.alive();
                 vec![]
