@@ -197,7 +197,8 @@ pub struct ListenerView {
     pub address: String,
     /// Whether its connections go straight to the backend while hand-off is on.
     pub handed_off: bool,
-    /// Why not, in one line, if that is so for this listener alone.
+    /// Why not, in one line, if that is so for this listener alone; of one that is handed off: which part of its
+    /// connections is not, and why.
     pub reason: Option<String>,
 }
 
@@ -218,12 +219,11 @@ impl PlaneView {
         if listener.handed_off && !off { "handoff" } else { &self.forward }
     }
 
-    /// Why `listener` is not handed off, if it is not and somebody knows.
+    /// Why the connections of `listener`, or a part of them, are not handed off, if somebody knows.
     #[must_use]
     pub fn why_not<'a>(&'a self, listener: &'a ListenerView) -> Option<&'a str> {
-        let is_proxied = self.of(listener) == self.forward;
-        let reason = listener.reason.as_deref().or(self.handoff.reason.as_deref());
-        reason.filter(|_| is_proxied)
+        let common = self.handoff.reason.as_deref().filter(|_| self.of(listener) == self.forward);
+        listener.reason.as_deref().or(common)
     }
 }
 
@@ -589,8 +589,10 @@ mod tests {
         handoff = HandoffView { state: HandoffState::Ready, reason: None, ..handoff };
         handoff.listeners[0].handed_off = true;
         handoff.listeners[1].reason = Some("the backend listens on IPv4 only".into());
+        assert_eq!(view(&handoff)[0], ("handoff".to_owned(), None));
+        handoff.listeners[0].reason = Some("IPv6 is proxied".into());
         let expected = [
-            ("handoff".to_owned(), None),
+            ("handoff".to_owned(), Some("IPv6 is proxied".to_owned())),
             ("splice".to_owned(), Some("the backend listens on IPv4 only".to_owned())),
         ];
         assert_eq!(view(&handoff), expected);

@@ -163,8 +163,11 @@ fn whole(snapshot: &Snapshot) -> String {
     say("failures", failures(snapshot));
     say("plane", planes(snapshot));
     for listener in &snapshot.plane.handoff.listeners {
-        let reason =
-            listener.reason.as_ref().map_or_else(String::new, |reason| format!(", not handed off: {reason}"));
+        let reason = match &listener.reason {
+            None => String::new(),
+            Some(reason) if listener.handed_off => format!(", but: {reason}"),
+            Some(reason) => format!(", not handed off: {reason}"),
+        };
         say("listener", format!("{}: {}{reason}", listener.address, snapshot.plane.of(listener)));
     }
     text
