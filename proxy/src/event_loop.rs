@@ -303,11 +303,7 @@ impl EventLoop {
                 vec![]
             }
             Woken::FewFlowsOpen | Woken::Deadline => vec![Event::Tick],
-            Woken::StatusAsked(peer) => {
-                let snapshot = self.snapshot();
-                self.control.answer(peer, &snapshot);
-                vec![]
-            }
+            Woken::StatusAsked(peer) => self.answer_status(peer),
             Woken::WatchdogDue => {
                 self.notifier.alive();
                 vec![]
@@ -569,6 +565,12 @@ impl EventLoop {
         self.status_due = self
             .notifier
             .status(state, now, || status_line(&self.lifecycle, &self.name, &self.accounting.totals(), now));
+    }
+
+    fn answer_status(&mut self, peer: UnixStream) -> Vec<Event> {
+        let snapshot = self.snapshot();
+        self.control.answer(peer, &snapshot);
+        vec![]
     }
 
     /// This moment, for whoever asks.

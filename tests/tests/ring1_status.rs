@@ -18,11 +18,12 @@ use serde_json::Value;
 
 const ECHO: &str = env!("CARGO_BIN_EXE_echo-backend");
 
-/// `drowse run` named `echo` in front of an echo backend.
+/// `drowse run` named `echo` in front of an echo backend; with the plane `splice` if the options name none.
 fn run(options: &[&str], backend_options: &[&str]) -> Result<Drowse> {
     let (public, backend) = (public(), backend());
     let addresses = ["--name", "echo", "--listen", &public, "--backend", &backend];
-    Drowse::run(&[&addresses, options, &["--", ECHO, &backend], backend_options].concat())
+    let plane: &[&str] = if options.contains(&"--plane") { &[] } else { &["--plane", "splice"] };
+    Drowse::run(&[&addresses, plane, options, &["--", ECHO, &backend], backend_options].concat())
 }
 
 /// `drowse WORDS` that looks into `directory`.
@@ -453,7 +454,7 @@ fn check_names_every_fact_and_every_listener() -> Result<()> {
 /// The state of the hand-off is part of the answer from the first moment.
 #[test]
 fn hand_off_is_off_while_drowse_takes_every_connection() -> Result<()> {
-    let drowse = run(&["--plane", "splice"], &[])?;
+    let drowse = run(&[], &[])?;
     let handoff = snapshot(&drowse)?.plane.handoff;
     ensure!(handoff.state == HandoffState::Off && handoff.listeners.len() == 1, "{handoff:?}");
     Ok(())
