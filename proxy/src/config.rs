@@ -1,6 +1,7 @@
 //! The command line, parsed into checked types. Every default and every limit of user space lives here.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -36,6 +37,33 @@ pub struct Cli {
 pub enum Action {
     /// Proxy one service, waking and stopping its backend
     Run(Box<RunArgs>),
+    /// Show what every running drowse does, or all about one: why is it awake, how do its bytes travel
+    Status(StatusArgs),
+    /// Show what is possible on this machine and how to get the rest
+    Check(LookArgs),
+}
+
+/// The options of `drowse status`.
+#[derive(Clone, Debug, Args)]
+pub struct StatusArgs {
+    /// The service: its name, or its systemd unit [default: one line for each]
+    pub name: Option<String>,
+
+    /// How to look.
+    #[command(flatten)]
+    pub look: LookArgs,
+}
+
+/// The options of a command that looks at running services.
+#[derive(Clone, Debug, Args)]
+pub struct LookArgs {
+    /// Answer in JSON, for scripts
+    #[arg(long)]
+    pub json: bool,
+
+    /// Where the status sockets are [default: /run/drowse and `$XDG_RUNTIME_DIR/drowse`]
+    #[arg(long, value_name = "DIR", env = "DROWSE_RUNTIME_DIR")]
+    pub runtime_dir: Option<PathBuf>,
 }
 
 /// The options of `drowse run`. Each can also come from the environment.
@@ -120,6 +148,11 @@ pub struct RunArgs {
     /// The service's name in logs and pins [default: the unit, the command, or the backend's address]
     #[arg(long, env = "DROWSE_NAME")]
     pub name: Option<String>,
+
+    /// Where the status socket goes, for `drowse status` [default: /run/drowse for root,
+    /// `$XDG_RUNTIME_DIR/drowse` for others and with --user]
+    #[arg(long, value_name = "DIR", env = "DROWSE_RUNTIME_DIR")]
+    pub runtime_dir: Option<PathBuf>,
 
     /// How much to log
     #[arg(long, value_enum, default_value = "info", env = "DROWSE_LOG_LEVEL")]
@@ -337,7 +370,7 @@ mod tests {
 
     fn run(args: &[&str]) -> Result<RunArgs, clap::Error> {
         let line = ["drowse", "run", "--backend", "127.0.0.1:9"].iter().chain(args);
-        let Cli { action: Action::Run(run) } = Cli::try_parse_from(line)?;
+        let Action::Run(run) = Cli::try_parse_from(line)?.action else { panic!("not run") };
         Ok(*run)
     }
 

@@ -14,6 +14,7 @@ use futures_util::stream::FuturesUnordered;
 use rustix::net::getpeername;
 use rustix::process::Rlimit;
 use socket2::Socket;
+use tokio::net::UnixStream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Interval, MissedTickBehavior};
 use tracing::{debug, error, info, warn};
@@ -35,7 +36,9 @@ use crate::plane::Plane;
 use crate::plane::forward::{Forward, Mode};
 use crate::plane::handoff::Inspect;
 use crate::readiness::{self, Hints};
+use crate::report::control::{self, Control};
 use crate::report::notify::{self, Notifier};
+use crate::report::snapshot::{History, Snapshot, Sources};
 use crate::report::status_line::status_line;
 
 /// What the service manager's own stop timeout may take beyond ours.
@@ -64,12 +67,14 @@ pub struct EventLoop {
     probe: Task<Option<Socket>>,
     /// The question how the backend is, asked again at a reload.
     resync: Task<Result<BackendState, Failure>>,
-    /// The last look before a stop; true is busy.
-    look: Task<bool>,
+    /// The last look before a stop.
+    look: Task<Look>,
     /// The question what the backend has against a hand-off.
     ask: Task<Option<String>>,
     kernel: Kernel,
     notifier: Notifier,
+    control: Control,
+    history: History,
     status_due: Option<Monotonic>,
     watchdog: Option<Interval>,
     terminate: Signal,
@@ -82,6 +87,15 @@ pub struct EventLoop {
     exit: bool,
 }
 
+/// What the last look before a stop found.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    /// The busy command says busy.
+    vetoed: bool,
+    /// There is a reason to stay awake.
+    busy: bool,
+}
+
 /// What the loop woke up for.
 enum Woken {
     Accepted(std::io::Result<Socket>),
@@ -90,12 +104,14 @@ enum Woken {
     Started(Result<(), Failure>),
     Stopped(Result<(), Failure>),
     Ready(Option<Socket>),
-    Looked(bool),
+    Looked(Look),
     Changed(Change),
     Asked(Option<String>),
     Kernel(kernel::News),
     FewFlowsOpen,
     Deadline,
+    /// Somebody is at the status socket.
+    StatusAsked(UnixStream),
     WatchdogDue,
     ReloadAsked,
     Resynced(Result<BackendState, Failure>),
@@ -160,6 +176,8 @@ impl EventLoop {
             lifecycle: Lifecycle::new(run.rules(), backend, clock::now()),
             accounting,
             plane: Box::new(plane),
+            control: status_socket(&run),
+            history: History::default(),
             listeners: Some(listeners),
             driver,
             gate: Arc::default(),
@@ -238,13 +256,14 @@ impl EventLoop {
             result = finished(&mut self.start) => Woken::Started(result),
             result = finished(&mut self.stop) => Woken::Stopped(result),
             scout = finished(&mut self.probe) => Woken::Ready(scout),
-            busy = finished(&mut self.look) => Woken::Looked(busy),
+            look = finished(&mut self.look) => Woken::Looked(look),
             () = due(self.watchdog.as_mut()) => Woken::WatchdogDue,
             () = sleep_until(deadline, now) => Woken::Deadline,
             obstacle = finished(&mut self.ask) => Woken::Asked(obstacle),
             news = self.kernel.next() => Woken::Kernel(news),
             Some(outcome) = self.clients.next(), if !self.clients.is_empty() => Woken::Client(outcome),
             () = self.accounting.few_open() => Woken::FewFlowsOpen,
+            peer = self.control.asked() => Woken::StatusAsked(peer),
             client = accepted(self.listeners.as_mut()), if has_room => Woken::Accepted(client),
         }
     }
@@ -283,9 +302,9 @@ impl EventLoop {
                 self.gate.offer_scout(scout.filter(|_| self.lifecycle.held() > 0));
                 vec![Event::BackendReady]
             }
-            Woken::Looked(busy) => {
+            Woken::Looked(look) => {
                 self.look = None;
-                self.last_look(busy)
+                self.last_look(look)
             }
             Woken::Changed(change) => self.translate_change(change),
             Woken::Asked(obstacle) => {
@@ -302,6 +321,7 @@ impl EventLoop {
                 self.inspect();
                 vec![Event::Tick]
             }
+            Woken::StatusAsked(peer) => self.answer_status(peer),
             Woken::WatchdogDue => {
                 self.notifier.alive();
                 vec![]
@@ -402,7 +422,8 @@ impl EventLoop {
     }
 
     /// The end of the last look: the accept queues are looked at after the busy command has had its say.
-    fn last_look(&mut self, busy: bool) -> Vec<Event> {
+    fn last_look(&mut self, look: Look) -> Vec<Event> {
+        self.history.looked(look.vetoed, clock::now());
         self.inspect();
         let totals = self.totals();
         let has_room = self.lifecycle.held() + totals.flows_open < self.connections_max;
@@ -411,7 +432,7 @@ impl EventLoop {
             self.take_in(client);
             return vec![];
         }
-        vec![if busy { Event::Busy } else { Event::Quiet }]
+        vec![if look.busy { Event::Busy } else { Event::Quiet }]
     }
 
     fn handle(&mut self, event: Event) {
@@ -422,6 +443,7 @@ impl EventLoop {
         let commands = self.lifecycle.step(event, &totals, now);
         self.gate.set_open(self.lifecycle.is_awake());
         self.kernel.hand_off(self.lifecycle.hands_off());
+        self.history.changed(&before, self.lifecycle.state(), now.saturating_sub(since), now);
         self.log_change(&before, now.saturating_sub(since));
         if !commands.contains(&Command::Exit) {
             self.stay();
@@ -443,7 +465,10 @@ impl EventLoop {
             Command::BackendGone => self.plane.backend_gone(),
             Command::CloseSilent => self.plane.close_silent(self.run.idle_time),
             Command::LookAgain => self.look_again(),
-            Command::Report(failure) => self.report(&failure),
+            Command::Report(failure) => {
+                self.history.failed(&failure, clock::now());
+                self.report(&failure);
+            }
             Command::StopAccepting => self.stop_accepting(),
             Command::Exit => self.leave(),
         }
@@ -523,7 +548,10 @@ impl EventLoop {
         let (command, look) = (self.run.busy_command.clone(), self.kernel.last_look());
         // Flows of an earlier drowse may be open that nobody has counted yet.
         let unknown = self.kernel.may_have_flows();
-        self.look = Some(Box::pin(async move { busy::is_busy(command).await || unknown || look.await }));
+        self.look = Some(Box::pin(async move {
+            let vetoed = busy::is_busy(command).await;
+            Look { vetoed, busy: vetoed || unknown || look.await }
+        }));
     }
 
     fn report(&self, failure: &Failure) {
@@ -573,6 +601,27 @@ impl EventLoop {
         let state = self.lifecycle.state();
         self.status_due =
             self.notifier.status(state, now, || status_line(&self.lifecycle, &self.name, &totals, now));
+    }
+
+    fn answer_status(&mut self, peer: UnixStream) -> Vec<Event> {
+        let snapshot = self.snapshot();
+        self.control.answer(peer, &snapshot);
+        vec![]
+    }
+
+    /// This moment, for whoever asks.
+    fn snapshot(&self) -> Snapshot {
+        let sources = Sources {
+            run: &self.run,
+            backend_name: &self.name,
+            connections_max: self.connections_max,
+            lifecycle: &self.lifecycle,
+            totals: &self.totals(),
+            history: &self.history,
+            forward: self.plane.name(),
+            handoff: &self.kernel.view(),
+        };
+        Snapshot::new(&sources, clock::now())
     }
 
     /// Nobody new gets in; whoever is half in is still taken in. Those who wait at a listener of systemd's wake the
@@ -644,6 +693,15 @@ async fn driver(run: &RunArgs, open_files: Rlimit) -> anyhow::Result<Option<Box<
     let listens_for_ready = run.ready_probe == ReadyProbe::Notify;
     let driver = ExecDriver::new(run.command.clone(), run.stop_timeout, open_files, listens_for_ready);
     Ok(Some(Box::new(driver)))
+}
+
+/// The status socket; a service without one serves as well.
+fn status_socket(run: &RunArgs) -> Control {
+    let directory = control::own_directory(run.runtime_dir.as_deref(), run.user);
+    Control::open(directory.as_deref(), &run.service_name()).unwrap_or_else(|error| {
+        info!("no status socket: {error:#}");
+        Control::default()
+    })
 }
 
 fn occupied_failure(address: &str) -> Failure {

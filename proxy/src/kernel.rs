@@ -20,6 +20,7 @@ use crate::ebpf::Object;
 use crate::plane::choose::{self, ListenerFacts};
 use crate::plane::handoff::{self, Found, Handoff, Inspect};
 use crate::readiness::listen_hook::ListenHook;
+use crate::report::snapshot::{HandoffState, HandoffView, ListenerView};
 use crate::sockets;
 
 /// How long the lookup of the backend's name may hold up the loading. Later its address is learnt from a connection.
@@ -42,15 +43,6 @@ struct Public {
     name: String,
     /// Its addresses as packets have them, or why its connections cannot be handed off.
     endpoints: Result<Vec<Endpoint>, String>,
-}
-
-/// How new connections to one listener travel.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ListenerView {
-    /// The listener, as people know it.
-    pub name: String,
-    /// Why its connections are proxied, or those of one family. `None`: all are handed off.
-    pub reason: Option<String>,
 }
 
 /// What the backend has against a hand-off.
@@ -320,30 +312,49 @@ impl Kernel {
         }
     }
 
-    /// How new connections to each listener travel while the backend is awake.
+    /// The hand-off as people see it: how new connections to each listener travel while the backend is awake.
     #[must_use]
-    pub fn listeners(&self) -> Vec<ListenerView> {
-        self.public
-            .iter()
-            .map(|public| {
-                let reason = match (&public.endpoints, self.obstacle()) {
-                    (_, Some(obstacle)) => Some(obstacle.to_owned()),
-                    (Err(reason), None) => Some(reason.clone()),
-                    (Ok(endpoints), None) => self.uncovered(endpoints),
-                };
-                ListenerView { name: public.name.clone(), reason }
-            })
-            .collect()
+    pub fn view(&self) -> HandoffView {
+        let reason = self.obstacle().map(str::to_owned).or_else(|| self.found_nothing());
+        let state = match (&reason, self.is_steering()) {
+            (Some(_), _) => HandoffState::Off,
+            (None, true) => HandoffState::On,
+            (None, false) => HandoffState::Ready,
+        };
+        let listeners = self.public.iter().map(|public| {
+            let address = public.name.clone();
+            let (handed_off, reason) = match &public.endpoints {
+                Err(reason) => (false, Some(reason.clone())),
+                Ok(endpoints) => {
+                    let uncovered = self.uncovered(endpoints);
+                    let is_all = uncovered.is_some() && endpoints.len() == 1;
+                    (reason.is_none() && !is_all, uncovered)
+                }
+            };
+            ListenerView { address, handed_off, reason }
+        });
+        HandoffView { state, listeners: listeners.collect(), reason }
+    }
+
+    /// Why there is nobody to hand off to, although somebody is looked for.
+    fn found_nothing(&self) -> Option<String> {
+        let Stage::Loaded(loaded) = &self.stage else { return None };
+        let found = loaded.handoff.as_ref().ok()?.found();
+        if !self.wanted
+            || self.search == Search::Due
+            || found.iter().any(|(_, found)| *found == Found::Listener)
+        {
+            return None;
+        }
+        Some(self.why_not(found.first().map_or(Found::Nobody, |(_, found)| *found)))
     }
 
     /// Which of a listener's families the backend's listeners do not fit.
     fn uncovered(&self, endpoints: &[Endpoint]) -> Option<String> {
         let Stage::Loaded(loaded) = &self.stage else { return None };
         let found = loaded.handoff.as_ref().ok()?.found();
-        if let Some((_, why)) =
-            found.first().filter(|_| found.iter().all(|(_, found)| *found != Found::Listener))
-        {
-            return (self.search != Search::Due && self.wanted).then(|| self.why_not(*why));
+        if found.iter().all(|(_, found)| *found != Found::Listener) {
+            return None;
         }
         let missing = |family| {
             let one = endpoints.iter().find(|endpoint| endpoint.family == family)?;
@@ -388,19 +399,16 @@ impl Kernel {
     fn tell_found(&mut self) {
         let Stage::Loaded(loaded) = &self.stage else { return };
         let Ok(handoff) = &loaded.handoff else { return };
-        let line = if handoff.is_steering() {
-            format!("new connections go straight to {} (hand-off)", self.backend)
+        let is_steering = handoff.is_steering();
+        let line = if let Some(reason) = self.found_nothing() {
+            format!("connections are not handed off: {reason}")
         } else {
-            let why = handoff.found().first().map_or(Found::Nobody, |(_, found)| *found);
-            format!("connections are not handed off: {}", self.why_not(why))
+            let listeners = self.view().listeners.into_iter();
+            let reasons = listeners.filter_map(|it| Some(format!("{}: {}", it.address, it.reason?)));
+            let line = format!("new connections go straight to {} (hand-off)", self.backend);
+            std::iter::once(line).chain(reasons).collect::<Vec<_>>().join("; ")
         };
-        let warns = self.warns && !handoff.is_steering();
-        self.tell(line, warns);
-        for listener in self.listeners() {
-            if let Some(reason) = listener.reason {
-                debug!("listener {}: {reason}", listener.name);
-            }
-        }
+        self.tell(line, self.warns && !is_steering);
     }
 
     fn tell(&mut self, line: String, warns: bool) {

@@ -1,12 +1,13 @@
 //! The program `drowse`: arguments in, exit status out. The only place that reports a fatal error.
 
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser as _;
 use drowse::config::{Action, Cli, LogLevel, RunArgs};
 use drowse::listener::Passed;
+use drowse::report::{Said, check, status};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing_subscriber::fmt::writer::MakeWriterExt as _;
 
@@ -18,7 +19,23 @@ const LAST_WORDS_TIME: Duration = Duration::from_secs(1);
 fn main() -> ExitCode {
     match Cli::parse().action {
         Action::Run(run) => serve(*run),
+        Action::Status(args) => tell(status::status(&args)),
+        Action::Check(args) => tell(check::check(&args)),
     }
+}
+
+/// Says what was found out. Nobody is told if the reader of our output went away.
+fn tell(look: impl Future<Output = anyhow::Result<Said>>) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let said = match runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(look)) {
+        Ok(said) => said,
+        Err(error) => Said { answer: String::new(), notes: vec![format!("{error:#}")], success: false },
+    };
+    let written = std::io::stdout().lock().write_all(said.answer.as_bytes());
+    for note in &said.notes {
+        let _nobody_listens = writeln!(std::io::stderr(), "drowse: {note}");
+    }
+    if said.success && written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn serve(run: RunArgs) -> ExitCode {

@@ -1,4 +1,20 @@
 //! What people are told: readers of the state only.
 
+pub mod check;
+pub mod control;
 pub mod notify;
+pub mod snapshot;
+pub mod status;
 pub mod status_line;
+pub mod text;
+
+/// What a command that only looks has to say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Said {
+    /// For stdout.
+    pub answer: String,
+    /// For stderr, a line each: what stands in the way of a whole answer.
+    pub notes: Vec<String>,
+    /// Whether the answer is one.
+    pub success: bool,
+}

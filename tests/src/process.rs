@@ -7,6 +7,7 @@ use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
@@ -25,6 +26,9 @@ pub const SOON: Duration = Duration::from_secs(10);
 pub const PUBLIC_PORT: u16 = 8080;
 /// The port that tests give to backends.
 pub const BACKEND_PORT: u16 = 8081;
+
+/// The variable that says where status sockets are.
+pub const RUNTIME_DIR: &str = "DROWSE_RUNTIME_DIR";
 
 /// This test process's own loopback address.
 #[must_use]
@@ -52,8 +56,8 @@ pub struct Drowse {
     output: Receiver<String>,
     lines: Vec<String>,
     notifications: Receiver<String>,
-    /// Where the notify socket is, for as long as it is needed.
-    _directory: TempDir,
+    /// Where the notify socket and the status socket are, for as long as they are needed.
+    directory: TempDir,
 }
 
 impl Drowse {
@@ -72,10 +76,13 @@ impl Drowse {
     /// # Errors
     /// It cannot be started.
     pub fn spawn(command: &mut Command) -> Result<Self> {
-        let directory = tempfile::tempdir().context("make a directory for the notify socket")?;
+        let directory = tempfile::tempdir().context("make a directory for sockets")?;
         let path = directory.path().join("notify");
         let notifications = read_notifications(UnixDatagram::bind(&path)?);
         command.env("NOTIFY_SOCKET", &path).stdin(Stdio::null());
+        if command.get_envs().all(|(name, _)| name != RUNTIME_DIR) {
+            command.env(RUNTIME_DIR, runtime_dir_in(&directory));
+        }
         let mut child =
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("start drowse")?;
         let (to_test, output) = channel();
@@ -91,13 +98,19 @@ impl Drowse {
                 }
             });
         }
-        Ok(Self { child, output, lines: Vec::new(), notifications, _directory: directory })
+        Ok(Self { child, output, lines: Vec::new(), notifications, directory })
     }
 
     /// The process id.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The directory of its status socket, unless the command had another.
+    #[must_use]
+    pub fn runtime_dir(&self) -> PathBuf {
+        runtime_dir_in(&self.directory)
     }
 
     /// Waits for a line of output that contains `text`, among those that no earlier wait has passed by.
@@ -181,6 +194,10 @@ impl Drop for Drowse {
             let _reaped = self.child.wait();
         }
     }
+}
+
+fn runtime_dir_in(directory: &TempDir) -> PathBuf {
+    directory.path().join("drowse")
 }
 
 /// Reads at once what drowse tells its service manager, as systemd does.

@@ -66,6 +66,38 @@ fn systemd_understands_every_line() -> Result<()> {
     })
 }
 
+/// The directory of status sockets belongs to all instances: the stop of one leaves the others' in their place.
+#[test]
+fn status_sockets_of_other_instances_survive_a_stop() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        installation.echo("", "")?;
+        installation.unit("other", "[Service]\nExecStart=/usr/bin/echo-backend 127.0.0.1:8083\n")?;
+        installation.socket("other", "127.0.0.1:8082")?;
+        installation.configure("other", "DROWSE_BACKEND=127.0.0.1:8083\n")?;
+        installation.listen("other")?;
+        systemd.systemctl(["start", "drowse@echo.service", "drowse@other.service"])?;
+        let status = |name: &str| systemd.run(["drowse", "status", name]);
+        for name in ["echo", "other"] {
+            let output = status(name)?;
+            let text = String::from_utf8_lossy(&output.stdout);
+            ensure!(output.status.success() && text.starts_with(&format!("{name}: asleep")), "{output:?}");
+        }
+        systemd.systemctl(["stop", "drowse@other.service"])?;
+        let all = systemd.call(["drowse", "status"])?;
+        ensure!(all.contains("echo ") && !all.contains("other"), "{all}");
+        let output = status("other.service")?;
+        let advice = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            !output.status.success() && advice.contains("systemctl status drowse@other.socket"),
+            "{output:?}"
+        );
+        let output = systemd.run(["drowse", "check"])?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(())
+    })
+}
+
 /// What the README compares with must itself work.
 #[test]
 fn the_old_recipe_works_as_well_as_it_can() -> Result<()> {
@@ -126,6 +158,10 @@ fn a_users_own_service_wakes_and_sleeps() -> Result<()> {
             with_deadline(&stream)?;
             ask(stream)?;
             ensure!(systemctl(&["is-active", "echo.service"])?.trim() == "active");
+            let status =
+                systemd.call(["env", "XDG_RUNTIME_DIR=/run/user/0", "drowse", "status", "echo", "--json"])?;
+            ensure!(status.contains("\"unit\": \"echo.service\""), "{status}");
+            ensure!(systemd.path("/run/user/0/drowse/echo.sock").exists(), "in another place");
             eventually("the sleep of a user's service", SOON, || {
                 let state = systemctl(&["show", "--value", "--property=ActiveState", "echo.service"])?;
                 Ok((state.trim() == "inactive").then_some(()))

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use rustix::fs::statfs;
 use rustix::thread::{CapabilitySet, capabilities};
+use serde::Serialize;
 
 /// Where the BPF file system is mounted by custom, and by systemd.
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -21,7 +22,8 @@ const BPFFS_MAGIC: u64 = 0xcafe_4a11;
 const CGROUP2_MAGIC: u64 = 0x6367_7270;
 
 /// An answer to a question about the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Answer {
     /// It is so.
     Yes,
@@ -32,7 +34,7 @@ pub enum Answer {
 }
 
 /// One fact.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Fact {
     /// What it is about, as users see it.
     pub subject: &'static str,

@@ -127,7 +127,9 @@ mod tests {
 
     fn run(options: &[&str]) -> RunArgs {
         let line = ["drowse", "run", "--listen", ":80", "--backend", "127.0.0.1:8081"];
-        let Action::Run(run) = Cli::parse_from(line.iter().chain(options)).action;
+        let Action::Run(run) = Cli::parse_from(line.iter().chain(options)).action else {
+            panic!("not run");
+        };
         *run
     }
 

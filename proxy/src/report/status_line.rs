@@ -66,7 +66,7 @@ fn precise(time: Duration) -> String {
 }
 
 /// The largest unit that fits, rounded up: `12 min`, `40 s`, `3 h`.
-fn rough(time: Duration) -> String {
+pub(super) fn rough(time: Duration) -> String {
     match time.as_secs() {
         seconds @ 0..120 => format!("{} s", seconds + u64::from(time.subsec_nanos() > 0)),
         seconds @ 120..7200 => format!("{} min", seconds.div_ceil(60)),

@@ -1,0 +1,109 @@
+//! Columns, paragraphs and times of plain text, for terminals and mails.
+//!
+//! PURE. Owns: how they are laid out. Must never: choose a word.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+/// The columns of a terminal that nobody widened.
+pub const WIDTH: usize = 80;
+/// The narrowest paragraph; below it a line is rather too long than a tower of words.
+const PARAGRAPH_MIN: usize = 24;
+
+/// The first row is the heading. Each column is as wide as its longest cell, but for the last one, which is as long as
+/// it is, or, `wrapped`, continued on further lines within [`WIDTH`] columns. Rows have the same number of cells.
+#[must_use]
+pub fn table(rows: &[Vec<String>], wrapped: bool) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width =
+        |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
+    let widths: Vec<usize> =
+        (0..columns.saturating_sub(1)).map(|column| width(column).unwrap_or(0)).collect();
+    let indent = widths.iter().map(|width| width + 2).sum::<usize>();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            let _infallible = write!(line, "{cell:width$}  ");
+        }
+        let last = row.get(widths.len()).map_or("", String::as_str);
+        line.push_str(&if wrapped { paragraph(last, indent) } else { last.to_owned() });
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// Breaks `words` at blanks so that they fit beside `indent` columns; the first line is not indented. A word that is
+/// too long stays whole: it can be copied.
+#[must_use]
+pub fn paragraph(words: &str, indent: usize) -> String {
+    let room = WIDTH.saturating_sub(indent).max(PARAGRAPH_MIN);
+    let (mut text, mut used) = (String::new(), 0);
+    for word in words.split_whitespace() {
+        let length = word.chars().count();
+        if used > 0 && used + 1 + length > room {
+            let _infallible = write!(text, "\n{:indent$}", "");
+            used = 0;
+        } else if used > 0 {
+            text.push(' ');
+            used += 1;
+        }
+        text.push_str(word);
+        used += length;
+    }
+    text
+}
+
+/// How long something has lasted, in the largest unit of which there are two, rounded down: `90 s`, `12 min`, `3 h`.
+#[must_use]
+pub fn elapsed(time: Duration) -> String {
+    match time.as_secs() {
+        seconds @ 0..120 => format!("{seconds} s"),
+        seconds @ 120..7200 => format!("{} min", seconds / 60),
+        seconds @ 7200..172_800 => format!("{} h", seconds / 3600),
+        seconds => format!("{} d", seconds / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned_and_nothing_trails() {
+        let rows = [["NAME", "N", "WHY"], ["dice", "10", "because"], ["ä", "1", ""]]
+            .map(|row| row.map(String::from).to_vec());
+        assert_eq!(table(&rows, false), "NAME  N   WHY\ndice  10  because\nä     1\n");
+        assert_eq!(table(&[], false), "");
+    }
+
+    #[test]
+    fn the_last_column_is_continued_below_itself() {
+        let long = "word ".repeat(30);
+        let rows = [vec!["a".to_owned(), long.clone()], vec!["bb".to_owned(), "c".to_owned()]];
+        let text = table(&rows, true);
+        assert!(text.lines().all(|line| line.chars().count() <= WIDTH), "{text}");
+        assert_eq!(text.split_whitespace().filter(|word| *word == "word").count(), 30);
+        assert!(
+            text.starts_with("a   word") && text.contains("\n    word") && text.ends_with("\nbb  c\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_time_has_the_largest_unit_that_tells_something() {
+        let cases =
+            [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "119 min"), (7200, "2 h"), (200_000, "2 d")];
+        for (seconds, words) in cases {
+            assert_eq!(elapsed(Duration::from_secs(seconds)), words);
+        }
+        assert_eq!(elapsed(Duration::from_millis(3999)), "3 s");
+    }
+
+    #[test]
+    fn a_word_that_is_too_long_stays_whole() {
+        let word = "x".repeat(100);
+        assert_eq!(paragraph(&format!("a {word} b"), 10), format!("a\n          {word}\n          b"));
+    }
+}
