@@ -408,6 +408,8 @@ pub fn milliseconds(time: Duration) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use anyhow::ensure;
+
     use super::*;
 
     #[test]

@@ -208,10 +208,11 @@ impl EventLoop {
     async fn serve(&mut self) {
         let listeners: Vec<&str> = self.listeners.iter().flat_map(Listeners::names).collect();
         info!(
-            "{} in front of {} ({}), plane {}, at most {} connections",
+            "{} in front of {} ({}), plane {}{}, at most {} connections",
             listeners.join(", "),
             self.run.backend,
             status_line(&self.lifecycle, &self.name, &Totals::default(), clock::now()),
+            if self.kernel.obstacle().is_none() { "handoff where possible, else " } else { "" },
             self.plane.name(),
             self.connections_max,
         );
@@ -604,6 +605,7 @@ impl EventLoop {
     }
 
     fn answer_status(&mut self, peer: UnixStream) -> Vec<Event> {
+        self.kernel.inspect_to_show();
         let snapshot = self.snapshot();
         self.control.answer(peer, &snapshot);
         vec![]

@@ -28,6 +28,9 @@ const LOOKUP_TIME: Duration = Duration::from_millis(100);
 /// The shortest time between two searches for the backend's listeners that no event asks for.
 const SEARCH_PAUSE: Duration = Duration::from_secs(1);
 
+/// The shortest time between two inspections for somebody who looks.
+const LOOK_PAUSE: Duration = Duration::from_secs(1);
+
 /// What the kernel has to tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum News {
@@ -100,6 +103,8 @@ pub struct Kernel {
     search: Search,
     /// The reason, or the success, was logged.
     told: Option<String>,
+    /// When the counters were last brought up to date for somebody who looks.
+    shown_at: Option<Monotonic>,
 }
 
 impl Kernel {
@@ -121,6 +126,7 @@ impl Kernel {
             wanted: false,
             search: Search::Due,
             told: None,
+            shown_at: None,
         }
     }
 
@@ -258,6 +264,15 @@ impl Kernel {
         })
     }
 
+    /// Brings the counters of handed-off flows up to date for somebody who looks, at most once in [`LOOK_PAUSE`].
+    pub fn inspect_to_show(&mut self) {
+        let now = clock::now();
+        if self.shown_at.is_none_or(|at| now.saturating_sub(at) >= LOOK_PAUSE) {
+            self.shown_at = Some(now);
+            self.inspect(Inspect::All);
+        }
+    }
+
     /// Brings the bytes and the activity of open handed-off flows up to date; some microseconds for each.
     pub fn inspect(&self, which: Inspect) {
         let Stage::Loaded(loaded) = &self.stage else { return };
@@ -364,7 +379,10 @@ impl Kernel {
         };
         let family =
             if missing(FAMILY_V6).is_some() { "IPv6" } else { missing(FAMILY_V4).map(|_| "IPv4")? };
-        Some(format!("{family} is proxied: the backend's address {} is of the other family", self.backend))
+        Some(format!(
+            "{family} is proxied: the backend's address {} has the other family only (one without a host has both)",
+            self.backend
+        ))
     }
 
     fn why_not(&self, found: Found) -> String {
