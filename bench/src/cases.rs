@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use hdrhistogram::Histogram;
 
 use crate::costs::Counters;
@@ -388,15 +388,16 @@ impl Way<'_> {
     }
 }
 
-/// A loopback address that is free now. Nothing else binds ports in a namespace of our own.
+/// A loopback address that is free now, and another one. Nothing else binds ports in a namespace of our own.
 ///
 /// # Errors
 /// When no port is free.
-pub fn free_address() -> Result<SocketAddr> {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").context("find a free port")?;
-    let address = listener.local_addr().context("read a free port")?;
-    ensure!(address.port() != 0, "the kernel named no port");
-    Ok(address)
+pub fn free_addresses() -> Result<(SocketAddr, SocketAddr)> {
+    let bind = || std::net::TcpListener::bind("127.0.0.1:0").context("find a free port");
+    // Both are bound at once, or the kernel may name one port twice.
+    let (one, other) = (bind()?, bind()?);
+    let address = |listener: &std::net::TcpListener| listener.local_addr().context("read a free port");
+    Ok((address(&one)?, address(&other)?))
 }
 
 /// `time` in milliseconds.

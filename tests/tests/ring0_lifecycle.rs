@@ -203,11 +203,14 @@ impl World {
 
     /// What happens to handed-off flows without an event. Returns whether anything did.
     fn happens_unseen(&mut self, step: Step) -> bool {
-        match step {
-            // While the last look is taken, a handshake may end that was under way.
-            Step::HandedOff if self.lifecycle.hands_off() || self.looking => self.totals.handed_off_open += 1,
-            Step::HandedOffEnds if self.totals.handed_off_open > 0 => self.totals.handed_off_open -= 1,
-            _ => return false,
+        // While the last look is taken, a handshake may end that was under way.
+        let can_be = self.lifecycle.hands_off() || self.looking;
+        if step == Step::HandedOff && can_be {
+            self.totals.handed_off_open += 1;
+        } else if step == Step::HandedOffEnds && self.totals.handed_off_open > 0 {
+            self.totals.handed_off_open -= 1;
+        } else {
+            return false;
         }
         self.totals.last_activity = self.now;
         self.totals.handed_off_activity = self.now;

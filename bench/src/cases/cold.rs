@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::cases::{Case, Contestant, Sample, Setting, Unavailable, free_address, milliseconds};
+use crate::cases::{Case, Contestant, Sample, Setting, Unavailable, free_addresses, milliseconds};
 use crate::client;
 use crate::cpus::started_on;
 use crate::process::{self, Running, readable_within};
@@ -116,13 +116,13 @@ struct ColdRequest {
 }
 
 fn measure(setting: &Setting, drowse: &Path, ebpf: Ebpf, delay: Duration) -> Result<Sample> {
-    let (listen, backend) = (free_address()?, free_address()?);
+    let (listen, backend) = free_addresses()?;
     let options = [ebpf.option(), &format!("--idle-time={IDLE_TIME}")];
     let mut proxy = start(setting, drowse, &options, delay, (listen, backend))?;
     let mut alone = Vec::new();
     let mut cold = Vec::new();
     for _ in 0..setting.sizes.starts_each {
-        alone.push(milliseconds(setting.backend_alone(free_address()?, delay)?));
+        alone.push(milliseconds(setting.backend_alone(free_addresses()?.0, delay)?));
         let outcome = cold_request(listen);
         cold.push(outcome.with_context(|| proxy.last_words())?);
     }

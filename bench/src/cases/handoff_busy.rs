@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::cases::cold::{self, AwakeBackend};
-use crate::cases::{Case, Contestant, NEEDS_ROOT, Sample, Setting, Unavailable, Work, free_address};
+use crate::cases::{Case, Contestant, NEEDS_ROOT, Sample, Setting, Unavailable, Work, free_addresses};
 use crate::client;
 use crate::client::echo::EchoFlows;
 use crate::client::paced::PacedLoad;
@@ -63,7 +63,7 @@ fn measure_deciding(setting: &Setting, drowse: &Path) -> Result<Sample> {
     if !setting.may_load_ebpf {
         bail!(Unavailable(NEEDS_ROOT));
     }
-    let (listen, backend) = (free_address()?, free_address()?);
+    let (listen, backend) = free_addresses()?;
     let name = format!("--name=drowse-bench-{}-{}", std::process::id(), backend.port());
     let idle_time = format!("--idle-time={IDLE_TIME}");
     let options = ["--plane=handoff", "--idle-policy=traffic", &idle_time, &name];

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
 use crate::cases::cold::Ebpf;
-use crate::cases::{Case, Contestant, Sample, Setting, free_address, milliseconds};
+use crate::cases::{Case, Contestant, Sample, Setting, free_addresses, milliseconds};
 use crate::cpus::started_on;
 use crate::process::{self, Running};
 use crate::report::Better;
@@ -91,7 +91,8 @@ fn start(setting: &Setting, drowse: &Path, ebpf: Ebpf) -> Result<Duration> {
     // Not by process::command: setpriv's own start must not count.
     let mut command = Command::new(drowse);
     command.args(["run", ebpf.option()]);
-    command.args([format!("--listen={}", free_address()?), format!("--backend={}", free_address()?)]);
+    let (listen, backend) = free_addresses()?;
+    command.args([format!("--listen={listen}"), format!("--backend={backend}")]);
     process::plain(&mut command);
     ready.announce_to(&mut command);
     started_on(&setting.layout.proxy, || {
