@@ -6,9 +6,12 @@ use anyhow::{Context, Result, bail};
 
 pub mod deadline;
 pub mod fake_systemd;
+pub mod isolated;
+pub mod pinned;
 pub mod process;
 pub mod service;
 pub mod systemd;
+pub mod whoami;
 
 /// The program under test: `DROWSE_BIN`, or the `drowse` that was built into the same target directory as this test.
 ///

@@ -118,17 +118,25 @@ impl Drowse {
     /// # Errors
     /// It does not come; the message has all output.
     pub fn wait_for_line(&mut self, text: &str) -> Result<String> {
+        self.wait_for_line_with(&[text])
+    }
+
+    /// Waits for a line of output that contains all of `texts`, among those that no earlier wait has passed by.
+    ///
+    /// # Errors
+    /// It does not come; the message has all output.
+    pub fn wait_for_line_with(&mut self, texts: &[&str]) -> Result<String> {
         let deadline = clock::now() + SOON;
         loop {
             match self.output.recv_timeout(deadline.saturating_sub(clock::now())) {
                 Ok(line) => {
                     self.lines.push(line.clone());
-                    if line.contains(text) {
+                    if texts.iter().all(|text| line.contains(text)) {
                         return Ok(line);
                     }
                 }
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                    bail!("no line with '{text}' in:\n{}", self.lines.join("\n"));
+                    bail!("no line with '{}' in:\n{}", texts.join("' and '"), self.lines.join("\n"));
                 }
             }
         }
@@ -244,7 +252,7 @@ pub fn echo(stream: &mut TcpStream, request: &[u8]) -> Result<()> {
     let mut reply = vec![0; request.len()];
     stream.read_exact(&mut reply).context("read the echo")?;
     if reply != request {
-        bail!("sent {:?}, got {:?}", request.escape_ascii(), reply.escape_ascii());
+        bail!("sent {}, got {}", request.escape_ascii(), reply.escape_ascii());
     }
     Ok(())
 }

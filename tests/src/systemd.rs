@@ -11,7 +11,7 @@
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -23,9 +23,9 @@ use drowse::clock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::deadline::eventually;
+use crate::isolated::in_netns;
 
 /// The part that must run inside the new namespaces, before systemd does.
 const BOOT: &str = include_str!("systemd-boot.sh");
@@ -287,15 +287,7 @@ impl Systemd {
     /// When `work` does.
     pub fn in_netns<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         let netns = File::open(format!("/proc/{}/ns/net", self.pid)).context("open the network namespace")?;
-        let thread = || {
-            move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?;
-            Ok::<T, rustix::io::Errno>(work())
-        };
-        let joined = std::thread::scope(|scope| scope.spawn(thread).join());
-        match joined {
-            Ok(done) => done.context("enter the network namespace"),
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
+        in_netns(netns, work)
     }
 
     /// Blocks until systemd says that its boot is finished.

@@ -17,8 +17,7 @@ use aya::maps::{HashMap, Map, MapData};
 use drowse::ebpf::{Answer, Object, availability, pin_name};
 use drowse::readiness::listen_hook::{Listen, ListenHook};
 use drowse_ebpf::{LISTEN_EVENTS_BYTES, ListenEvent, Listens};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
-use rustix::thread::UnshareFlags;
+use rustix::mount::{MountFlags, mount};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
@@ -33,35 +32,16 @@ const CHILD_NAME: &str = "DROWSE_TEST_CHILD_NAME";
 
 /// Runs `test` in a thread with namespaces of its own and a runtime.
 fn isolated(test: impl AsyncFnOnce() + Send) {
-    assert!(rustix::process::geteuid().is_root(), "ring 2 needs root: run `cargo xtask test` as root");
-    thread::scope(|scope| {
-        let test = scope.spawn(|| {
-            unshare(UnshareFlags::NEWNET | UnshareFlags::NEWNS);
-            let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-            mount_change("/", private).expect("make the mounts private");
-            mount("bpf", "/sys/fs/bpf", "bpf", MountFlags::empty(), None).expect("mount a BPF file system");
-            loopback_up();
-            run(test());
-        });
-        if let Err(panic) = test.join() {
-            std::panic::resume_unwind(panic);
-        }
-    });
+    drowse_tests::isolated::isolated(|| {
+        run(test());
+        Ok(())
+    })
+    .expect("make namespaces");
 }
 
 fn run(test: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.expect("build a runtime").block_on(test);
-}
-
-#[expect(deprecated, reason = "what makes it unsound is UnshareFlags::FILES, which is not used here")]
-fn unshare(flags: UnshareFlags) {
-    rustix::thread::unshare(flags).expect("make namespaces");
-}
-
-fn loopback_up() {
-    let status = Command::new("ip").args(["link", "set", "lo", "up"]).status().expect("run ip");
-    assert!(status.success(), "ip link set lo up: {status}");
 }
 
 /// A port number that nobody else on this machine is given: bound, but not listened on, outside of the test's network
@@ -253,12 +233,9 @@ fn a_listener_in_another_network_namespace_has_another_cookie() {
         assert_eq!(one_event.netns_cookie, two_event.netns_cookie);
 
         let port = one.port;
-        let elsewhere = thread::spawn(move || {
-            unshare(UnshareFlags::NEWNET);
-            loopback_up();
-            listen_v4(port)
-        });
-        let _listener = elsewhere.join().expect("listen in another namespace");
+        let netns = drowse_tests::isolated::new_netns().expect("another namespace");
+        let _listener =
+            drowse_tests::isolated::in_netns(netns, || listen_v4(port)).expect("listen in another namespace");
         let elsewhere = listened(&mut hook).await;
         assert_eq!(elsewhere.address, one_event.address);
         assert_ne!(elsewhere.netns_cookie, one_event.netns_cookie);
