@@ -92,8 +92,8 @@ pub struct EventLoop {
 struct Look {
     /// The busy command says busy.
     vetoed: bool,
-    /// There is a reason to stay awake.
-    busy: bool,
+    /// Somebody is on the way to the backend, or nobody knows yet.
+    arriving: bool,
 }
 
 /// What the loop woke up for.
@@ -433,7 +433,11 @@ impl EventLoop {
             self.take_in(client);
             return vec![];
         }
-        vec![if look.busy { Event::Busy } else { Event::Quiet }]
+        vec![match look {
+            Look { vetoed: true, .. } => Event::Busy,
+            Look { arriving: true, .. } => Event::Arriving,
+            Look { .. } => Event::Quiet,
+        }]
     }
 
     fn handle(&mut self, event: Event) {
@@ -551,7 +555,7 @@ impl EventLoop {
         let unknown = self.kernel.may_have_flows();
         self.look = Some(Box::pin(async move {
             let vetoed = busy::is_busy(command).await;
-            Look { vetoed, busy: vetoed || unknown || look.await }
+            Look { vetoed, arriving: !vetoed && (unknown || look.await) }
         }));
     }
 

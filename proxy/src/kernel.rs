@@ -111,16 +111,21 @@ impl Kernel {
     /// Nothing is loaded yet. `flows_outlive_us`: the backend goes on when drowse exits.
     #[must_use]
     pub fn new(run: &RunArgs, listeners: &[ListenerFacts], flows_outlive_us: bool) -> Self {
-        let public = listeners
+        let public: Vec<Public> = listeners
             .iter()
-            .map(|listener| Public { name: listener.name.clone(), endpoints: choose::endpoints(listener) });
+            .map(|listener| Public { name: listener.name.clone(), endpoints: choose::endpoints(listener) })
+            .collect();
+        let none_fits = || {
+            let reason = |one: &Public| Some(format!("{}: {}", one.name, one.endpoints.as_ref().err()?));
+            Some(public.iter().map(reason).collect::<Option<Vec<String>>>()?.join("; "))
+        };
         Self {
             name: run.service_name(),
             backend: run.backend.clone(),
             flows_outlive_us,
             warns: run.plane == PlaneChoice::Handoff,
-            public: public.collect(),
-            obstacle: choose::obstacle(run),
+            obstacle: choose::obstacle(run).or_else(none_fits),
+            public,
             backend_says: BackendSays::NotAsked,
             stage: if run.ebpf == Switch::Off { Stage::Refused } else { Stage::Unused },
             wanted: false,

@@ -23,8 +23,11 @@ pub const BACKOFF_MAX: Duration = Duration::from_secs(30);
 pub const CLOSING_TIME: Duration = Duration::from_secs(2);
 /// How often handed-off flows are looked at that an exit waits for.
 pub const DRAIN_LOOK_PAUSE: Duration = Duration::from_millis(100);
-/// The shortest time between two tries to put the backend to sleep, however short the idle time is.
+/// The shortest time between two tries to put the backend to sleep after a veto or a stop that failed, however short the
+/// idle time is.
 pub const SETTLE_PAUSE_MIN: Duration = Duration::from_secs(1);
+/// The same after a look that found the backend in use.
+pub const USED_PAUSE_MIN: Duration = Duration::from_millis(100);
 const _: () = assert!(BACKOFF_MIN.as_millis() < BACKOFF_MAX.as_millis());
 
 /// What happens to an idle backend.
@@ -141,7 +144,9 @@ pub enum Event {
     BackendDown(Option<Failure>),
     /// The last look found nothing.
     Quiet,
-    /// The last look found something, or the busy command vetoed.
+    /// The last look found somebody who is on the way to the backend.
+    Arriving,
+    /// The busy command vetoed.
     Busy,
     /// Counters changed, or a deadline passed.
     Tick,
@@ -352,6 +357,7 @@ impl Lifecycle {
             | Event::BackendGoingDown
             | Event::BackendDown(_)
             | Event::Quiet
+            | Event::Arriving
             | Event::Busy
             | Event::Tick => {}
         }
@@ -370,6 +376,7 @@ impl Lifecycle {
             | Event::BackendDown(_)
             | Event::Quiet
             | Event::Forgive
+            | Event::Arriving
             | Event::Busy
             | Event::Tick
             | Event::Terminate => {}
@@ -426,6 +433,7 @@ impl Lifecycle {
             | Event::BackendGoingDown
             | Event::Quiet
             | Event::Forgive
+            | Event::Arriving
             | Event::Busy
             | Event::Terminate => {}
         }
@@ -452,6 +460,7 @@ impl Lifecycle {
             | Event::BackendUp
             | Event::Quiet
             | Event::Forgive
+            | Event::Arriving
             | Event::Busy
             | Event::Tick
             | Event::Terminate => {}
@@ -475,8 +484,9 @@ impl Lifecycle {
                 self.enter(State::Awake, now);
                 self.awake(event, todo, now);
             }
-            Event::Busy | Event::Terminate => self.stay_awake(now),
-            Event::Quiet if !self.is_quiet(totals, now) => self.stay_awake(now),
+            Event::Busy | Event::Terminate => self.stay_awake(SETTLE_PAUSE_MIN, now),
+            Event::Arriving => self.stay_awake(USED_PAUSE_MIN, now),
+            Event::Quiet if !self.is_quiet(totals, now) => self.stay_awake(USED_PAUSE_MIN, now),
             Event::Quiet if totals.flows_open > 0 => {
                 self.state = State::Settling(Settling::Closing(now + CLOSING_TIME));
                 todo.push(Command::CloseSilent);
@@ -490,7 +500,7 @@ impl Lifecycle {
                 {
                     self.stop(Stopping::Ours, todo, now);
                 }
-                Settling::Closing(deadline) if now >= deadline => self.stay_awake(now),
+                Settling::Closing(deadline) if now >= deadline => self.stay_awake(SETTLE_PAUSE_MIN, now),
                 Settling::Closing(_) | Settling::Looking => {}
             },
             Event::ClientLeft
@@ -511,7 +521,7 @@ impl Lifecycle {
                     self.enter(State::Asleep, now);
                 } else {
                     // It may still run: serve, and try again after the idle time.
-                    self.stay_awake(now);
+                    self.stay_awake(SETTLE_PAUSE_MIN, now);
                 }
             }
             (Stopping::Abandoned(first), Event::Stopped(result)) => {
@@ -556,6 +566,7 @@ impl Lifecycle {
             | Event::BackendGoingDown
             | Event::BackendDown(_)
             | Event::Quiet
+            | Event::Arriving
             | Event::Busy
             | Event::Terminate => {}
         }
@@ -665,10 +676,10 @@ impl Lifecycle {
         self.state = state;
     }
 
-    /// It could not be put to sleep; the next try is not at once.
-    fn stay_awake(&mut self, now: Monotonic) {
+    /// It could not be put to sleep; the next try is not before the idle time has passed, or at least `pause`.
+    fn stay_awake(&mut self, pause: Duration, now: Monotonic) {
         self.enter(State::Awake, now);
-        self.quiet_from = now + SETTLE_PAUSE_MIN.saturating_sub(self.rules.idle_time);
+        self.quiet_from = now + pause.saturating_sub(self.rules.idle_time);
     }
 
     /// When there is nothing left to do for us, and since when.

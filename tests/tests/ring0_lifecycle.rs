@@ -59,13 +59,14 @@ enum Step {
     Crash,
     Quiet,
     Busy,
+    Arriving,
     Forgive,
     /// Time passes to the next deadline.
     Deadline,
     Terminate,
 }
 
-const STEPS: [Step; 21] = [
+const STEPS: [Step; 22] = [
     Step::ClientComes,
     Step::ClientLeaves,
     Step::Pairs,
@@ -84,6 +85,7 @@ const STEPS: [Step; 21] = [
     Step::Crash,
     Step::Quiet,
     Step::Busy,
+    Step::Arriving,
     Step::Forgive,
     Step::Deadline,
     Step::Terminate,
@@ -174,6 +176,7 @@ impl World {
             Step::Crash => vec![Event::BackendDown(Some(failure()))],
             Step::Quiet if std::mem::take(&mut self.looking) => vec![Event::Quiet],
             Step::Busy if std::mem::take(&mut self.looking) => vec![Event::Busy],
+            Step::Arriving if std::mem::take(&mut self.looking) => vec![Event::Arriving],
             Step::Forgive => vec![Event::Forgive],
             Step::Deadline => match self.lifecycle.deadline(&self.totals, self.now) {
                 Some(at) => {
@@ -197,6 +200,7 @@ impl World {
             | Step::StopFails
             | Step::Quiet
             | Step::Busy
+            | Step::Arriving
             | Step::Terminate => vec![],
         }
     }
