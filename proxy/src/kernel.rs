@@ -18,7 +18,7 @@ use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, RunArgs, Switch};
 use crate::ebpf::Object;
 use crate::plane::choose::{self, ListenerFacts};
-use crate::plane::handoff::{self, Found, Handoff, Inspect};
+use crate::plane::handoff::{self, Handoff, Inspect, Miss};
 use crate::readiness::listen_hook::ListenHook;
 use crate::report::snapshot::{HandoffState, HandoffView, ListenerView};
 use crate::sockets;
@@ -144,7 +144,9 @@ impl Kernel {
         }
         let name = self.name.clone();
         let public = self.endpoints();
-        let (backend, obstacle, keep) = (self.backend.clone(), self.obstacle.clone(), self.flows_outlive_us);
+        let (backend, keep) = (self.backend.clone(), self.flows_outlive_us);
+        // Flows that an earlier drowse handed off are counted, even if this one hands off none.
+        let obstacle = self.obstacle.clone().filter(|_| !takes_over);
         let loading = Box::pin(async move {
             let resolved = tokio::time::timeout(LOOKUP_TIME, backend.resolve()).await;
             let addresses = resolved.map_or_else(|_late| Vec::new(), Result::unwrap_or_default);
@@ -289,13 +291,12 @@ impl Kernel {
     }
 
     /// After the hand-off ended: whether somebody is half-way to the backend, in a handshake or in its accept queue.
-    /// Nobody is, unless connections were handed off.
+    /// Nobody is where connections cannot be handed off.
     pub fn last_look(&self) -> impl Future<Output = bool> + use<> {
-        let handoff = match &self.stage {
-            Stage::Loaded(loaded) => loaded.handoff.as_ref().ok().filter(|handoff| handoff.has_steered()),
-            Stage::Unused | Stage::Loading { .. } | Stage::Refused => None,
+        let backend: Vec<_> = match &self.stage {
+            Stage::Loaded(loaded) => loaded.handoff.iter().flat_map(Handoff::found).map(as_address).collect(),
+            Stage::Unused | Stage::Loading { .. } | Stage::Refused => Vec::new(),
         };
-        let backend: Vec<_> = handoff.iter().flat_map(|handoff| handoff.found()).map(as_address).collect();
         let public: Vec<_> = self.endpoints().iter().map(|end| as_address(&(*end, ()))).collect();
         async move {
             if backend.is_empty() {
@@ -360,26 +361,34 @@ impl Kernel {
     fn found_nothing(&self) -> Option<String> {
         let Stage::Loaded(loaded) = &self.stage else { return None };
         let found = loaded.handoff.as_ref().ok()?.found();
-        if !self.wanted
-            || self.search == Search::Due
-            || found.iter().any(|(_, found)| *found == Found::Listener)
-        {
+        if !self.wanted || self.search == Search::Due || found.iter().any(|(_, found)| found.is_ok()) {
             return None;
         }
-        Some(self.why_not(found.first().map_or(Found::Nobody, |(_, found)| *found)))
+        let miss = found.iter().find_map(|(_, found)| found.err()).unwrap_or(Miss::Nobody);
+        let backend = &self.backend;
+        Some(match miss {
+            Miss::Nobody => format!(
+                "no socket of this network namespace listens at {backend}: a container or another machine does"
+            ),
+            Miss::Refused => format!(
+                "the listener at {backend} is of MPTCP or has an upper layer protocol; a backend written in Go needs \
+                 GODEBUG=multipathtcp=0"
+            ),
+            Miss::NoMemory => "the kernel has no memory for it".to_owned(),
+        })
     }
 
     /// Which of a listener's families the backend's listeners do not fit.
     fn uncovered(&self, endpoints: &[Endpoint]) -> Option<String> {
         let Stage::Loaded(loaded) = &self.stage else { return None };
         let found = loaded.handoff.as_ref().ok()?.found();
-        if found.iter().all(|(_, found)| *found != Found::Listener) {
+        if found.iter().all(|(_, found)| found.is_err()) {
             return None;
         }
         let missing = |family| {
             let one = endpoints.iter().find(|endpoint| endpoint.family == family)?;
             let seen = handoff::steered(&loaded.object, one).ok()?;
-            let fits = found.iter().any(|(at, found)| *found == Found::Listener && at.family == family);
+            let fits = found.iter().any(|(at, found)| found.is_ok() && at.family == family);
             (!fits && seen.steered_total == 0).then_some(family)
         };
         let family =
@@ -388,23 +397,6 @@ impl Kernel {
             "{family} is proxied: the backend's address {} has the other family only (one without a host has both)",
             self.backend
         ))
-    }
-
-    fn why_not(&self, found: Found) -> String {
-        let backend = &self.backend;
-        match found {
-            Found::Listener => String::new(),
-            Found::Nobody => {
-                format!(
-                    "no socket of this network namespace listens at {backend}: a container or another machine does"
-                )
-            }
-            Found::Refused => format!(
-                "the listener at {backend} is of MPTCP or has an upper layer protocol; a backend written in Go needs \
-                 GODEBUG=multipathtcp=0"
-            ),
-            Found::NoMemory => "the kernel has no memory for it".to_owned(),
-        }
     }
 
     fn endpoints(&self) -> Vec<Endpoint> {

@@ -21,11 +21,9 @@ const SLOTS_PER_ADDRESS: u32 = 4;
 const ADDRESSES_MAX: usize = (abi::LISTENERS_MAX / SLOTS_PER_ADDRESS) as usize;
 const _: () = assert!(ADDRESSES_MAX >= 2);
 
-/// What was found at one of the backend's addresses.
+/// Why there is no listener of the backend in a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Found {
-    /// Its listener is in a slot.
-    Listener,
+pub enum Miss {
     /// Nobody listens there, in this network namespace.
     Nobody,
     /// Its listener cannot be in a sockmap.
@@ -37,10 +35,10 @@ pub enum Found {
 /// The plane, prepared: programs loaded, nothing attached.
 #[derive(Debug)]
 pub struct Handoff {
-    backend: Vec<(Endpoint, Found)>,
+    /// The backend's addresses, and what the last search found there.
+    backend: Vec<(Endpoint, Result<(), Miss>)>,
     /// Steering is on while this lives.
     link: Option<SkLookupLink>,
-    has_steered: bool,
 }
 
 impl Handoff {
@@ -72,7 +70,7 @@ impl Handoff {
             let program: &mut SchedClassifier = object.program(name)?;
             program.load().map_err(ebpf::explain).with_context(|| format!("load {name}"))?;
         }
-        let mut handoff = Self { backend: Vec::new(), link: None, has_steered: false };
+        let mut handoff = Self { backend: Vec::new(), link: None };
         for endpoint in backend {
             handoff.learn(*endpoint);
         }
@@ -85,7 +83,7 @@ impl Handoff {
         let is_news =
             self.backend.len() < ADDRESSES_MAX && self.backend.iter().all(|(known, _)| *known != endpoint);
         if is_news {
-            self.backend.push((endpoint, Found::Nobody));
+            self.backend.push((endpoint, Err(Miss::Nobody)));
         }
         is_news
     }
@@ -96,15 +94,9 @@ impl Handoff {
         self.link.is_some()
     }
 
-    /// Whether new connections went to the backend's listeners at any time.
+    /// Where the backend listens, as far as the last search found a listener there, or why not.
     #[must_use]
-    pub fn has_steered(&self) -> bool {
-        self.has_steered
-    }
-
-    /// What was found at the backend's addresses.
-    #[must_use]
-    pub fn found(&self) -> &[(Endpoint, Found)] {
+    pub fn found(&self) -> &[(Endpoint, Result<(), Miss>)] {
         &self.backend
     }
 
@@ -114,13 +106,12 @@ impl Handoff {
     /// The kernel refuses.
     pub fn steer(&mut self, object: &mut Object) -> anyhow::Result<()> {
         self.find(object)?;
-        if self.link.is_none() && self.backend.iter().any(|(_, found)| *found == Found::Listener) {
+        if self.link.is_none() && self.backend.iter().any(|(_, found)| found.is_ok()) {
             let netns = File::open("/proc/thread-self/ns/net").context("open the network namespace")?;
             let program: &mut SkLookup = object.program(abi::program::STEER)?;
             let attached =
                 program.attach(netns).map_err(ebpf::explain).context("attach the steering program")?;
             self.link = Some(program.take_link(attached).context("keep the steering program attached")?);
-            self.has_steered = true;
         }
         Ok(())
     }
@@ -143,13 +134,13 @@ impl Handoff {
             for slot in slots.clone() {
                 let search = Search { backend: *backend, slot, source_port: slot + 1 };
                 *found = match object.ask(abi::program::FIND_LISTENER, &search.to_frame(), 1)? {
-                    abi::found::STORED => Found::Listener,
-                    abi::found::REFUSED => Found::Refused,
-                    abi::found::UNMARKED => Found::NoMemory,
-                    _ => Found::Nobody,
+                    abi::found::STORED => Ok(()),
+                    abi::found::REFUSED => Err(Miss::Refused),
+                    abi::found::UNMARKED => Err(Miss::NoMemory),
+                    _ => Err(Miss::Nobody),
                 };
             }
-            if *found != Found::Listener {
+            if found.is_err() {
                 let mut listeners = object.sock_map_mut(abi::map::LISTENERS)?;
                 for slot in slots {
                     // Most are empty already.
