@@ -95,7 +95,6 @@ impl Handoff {
     }
 
     /// Where the backend listens, as far as the last search found a listener there, or why not.
-    #[must_use]
     pub fn found(&self) -> &[(Endpoint, Result<(), Miss>)] {
         &self.backend
     }
