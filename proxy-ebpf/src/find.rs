@@ -13,7 +13,6 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use drowse_ebpf::{ETHERNET_BYTES, Endpoint, FAMILY_V4, FAMILY_V6, LISTENERS_MAX, Search, found};
 
-use crate::flows;
 use crate::steer::LISTENERS;
 
 /// `BPF_F_CURRENT_NETNS`: the namespace of the frame.
@@ -80,13 +79,19 @@ pub fn find_listener(ctx: TcContext) -> i32 {
     }
     // SAFETY: the socket is released before this returns.
     unsafe {
-        let answer = if (*socket).state == LISTEN { store(socket, search.slot) } else { found::NOBODY };
+        let answer = if (*socket).state != LISTEN {
+            found::NOBODY
+        } else if (*socket).bound_dev_if != 0 {
+            found::BOUND
+        } else {
+            store(socket, search.slot)
+        };
         bpf_sk_release(socket.cast());
         answer.cast_signed()
     }
 }
 
-/// Marks a listener and puts it into its slot. In this order: what it accepts from then on is counted.
+/// Puts a listener into its slot.
 ///
 /// # Safety
 /// `listener` is a listener that the kernel gave to this program and that was not released yet.
@@ -94,9 +99,6 @@ pub fn find_listener(ctx: TcContext) -> i32 {
 unsafe fn store(listener: *mut bpf_sock, slot: u32) -> u32 {
     // SAFETY: the caller's promise.
     unsafe {
-        if !flows::mark(listener) {
-            return found::UNMARKED;
-        }
         let map = ptr::from_ref(&LISTENERS).cast_mut().cast();
         match bpf_map_update_elem(map, ptr::from_ref(&slot).cast(), listener.cast(), 0) {
             0 => found::STORED,

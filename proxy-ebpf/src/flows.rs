@@ -1,7 +1,7 @@
 //! The flows that were handed off: counted when they open and close, inspected when user space asks.
 //!
 //! Owns: [`MARKS`], [`FLOWS`], [`SERVICE`]. Must never: run for each packet; an open flow costs nothing until somebody
-//! wants to know.
+//! wants to know. The one thing it changes of a socket is to turn keep-alive on.
 //! Rests on: socket storage with `BPF_F_CLONE` being inherited by what a listener accepts before the callback
 //! `PASSIVE_ESTABLISHED` (`sk_clone_lock` in `net/core/sock.c`; Linux 5.4); a state callback staying on for the life of
 //! its socket; `bpf_tcp_sock` (5.1) and `bpf_sk_lookup_tcp` (4.20), which finds a connection in the namespace of the
@@ -12,11 +12,12 @@ use core::ptr;
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_STATE_CB_FLAG,
-    bpf_map_type, bpf_sock,
+    SO_KEEPALIVE, SOL_SOCKET, bpf_map_type, bpf_sock,
 };
 use aya_ebpf::btf_maps::{Array, HashMap};
 use aya_ebpf::helpers::{
-    bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_sk_release, bpf_sk_storage_get, bpf_tcp_sock,
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_setsockopt, bpf_sk_release,
+    bpf_sk_storage_get, bpf_tcp_sock,
 };
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::{SockOpsContext, TcContext};
@@ -36,6 +37,11 @@ pub static FLOWS: HashMap<u64, Flow, FLOWS_MAX, { BPF_F_NO_PREALLOC as usize }> 
 /// The counters.
 #[btf_map]
 pub static SERVICE: Array<Service, 1> = Array::new();
+
+/// The cookie of our network namespace; the loader sets it.
+// SAFETY: nothing else defines a symbol of this name.
+#[unsafe(no_mangle)]
+static NETNS_COOKIE: u64 = 0;
 
 /// The marks, inherited. (The map type of aya has no flags.)
 #[btf_map]
@@ -79,17 +85,6 @@ impl<T> InheritedStorage<T> {
     }
 }
 
-/// Marks a listener, so that what it accepts is told from other connections. Returns whether it is marked.
-///
-/// # Safety
-/// `listener` is a socket that the kernel gave to this program and that was not released yet.
-#[inline(always)]
-pub unsafe fn mark(listener: *mut bpf_sock) -> bool {
-    // SAFETY: the caller's promise.
-    let mark = unsafe { MARKS.get(listener, BPF_SK_STORAGE_GET_F_CREATE) };
-    !mark.is_null()
-}
-
 /// Flows that are open.
 #[inline(always)]
 pub fn open() -> u64 {
@@ -99,7 +94,7 @@ pub fn open() -> u64 {
 
 /// Why a connection is not a flow of ours.
 enum Uncounted {
-    /// Its listener is not marked, or it came to the backend's own address.
+    /// drowse accepts it, it came to no public address, or to another network namespace.
     NotOurs,
     /// No room; counted in [`Service::uncounted_total`].
     Full,
@@ -117,25 +112,21 @@ pub fn established(ctx: &SockOpsContext) {
 
 #[inline(always)]
 fn try_established(ctx: &SockOpsContext) -> Result<u64, Uncounted> {
-    // SAFETY: the kernel passed the context in; the socket is checked before it is used.
-    let mark = unsafe {
-        let socket = ptr::addr_of!((*ctx.ops).__bindgen_anon_2.sk).read_volatile();
-        if socket.is_null() {
-            return Err(Uncounted::NotOurs);
-        }
-        MARKS.get(socket, 0)
-    };
-    if mark.is_null() {
-        return Err(Uncounted::NotOurs);
-    }
     let (local_port, socket_family) = (ctx.local_port(), ctx.family());
     let (local, remote) = (local_address(ctx), remote_address(ctx));
     let (family, local) = as_packets_have_it(socket_family, local);
     let (_, client) = as_packets_have_it(socket_family, remote);
     steer::entry(local, local_port, family).ok_or(Uncounted::NotOurs)?;
-    // SAFETY: both helpers only read; the first one wants the context that the kernel passed in.
-    let (cookie, now_ns) = unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), bpf_ktime_get_ns()) };
-    let client_port = u32::from_be(ctx.remote_port());
+    // SAFETY: the kernel passed the context in; the socket is checked before it is used. The helpers only read.
+    let (socket, cookie, now_ns) = unsafe {
+        let own_netns = ptr::addr_of!(NETNS_COOKIE).read_volatile();
+        let socket = ptr::addr_of!((*ctx.ops).__bindgen_anon_2.sk).read_volatile();
+        if socket.is_null() || bpf_get_netns_cookie(ctx.as_ptr()) != own_netns || is_proxied(socket) {
+            return Err(Uncounted::NotOurs);
+        }
+        (socket, bpf_get_socket_cookie(ctx.as_ptr()), bpf_ktime_get_ns())
+    };
+    let service = SERVICE.get_ptr_mut(0).ok_or(Uncounted::NotOurs)?;
     let flow = Flow {
         opened_ns: now_ns,
         last_activity_ns: now_ns,
@@ -143,28 +134,52 @@ fn try_established(ctx: &SockOpsContext) -> Result<u64, Uncounted> {
         bytes_to_client: zero().into(),
         client,
         local,
-        client_port,
+        client_port: u32::from_be(ctx.remote_port()),
         local_port,
         family,
-        reserved: 0,
+        // SAFETY: the kernel gave the socket to this program.
+        bound_dev_if: unsafe { ptr::addr_of!((*socket).bound_dev_if).read_volatile() },
     };
-    let service = SERVICE.get_ptr_mut(0).ok_or(Uncounted::NotOurs)?;
-    if FLOWS.insert(cookie, flow, u64::from(BPF_NOEXIST)).is_err() {
-        // SAFETY: the verifier has checked the pointer.
-        unsafe { atomic::add(ptr::addr_of_mut!((*service).uncounted_total), 1) };
-        return Err(Uncounted::Full);
-    }
-    // SAFETY: the verifier has checked both pointers; totals are added to atomically.
+    // SAFETY: the verifier has checked the pointers; totals are added to atomically. The mark comes before the entry, so
+    // that no inspection takes the entry for one of another socket.
     unsafe {
-        ptr::addr_of_mut!((*mark).cookie).write_volatile(cookie);
+        let mark = MARKS.get(socket, BPF_SK_STORAGE_GET_F_CREATE);
+        if !mark.is_null() {
+            ptr::addr_of_mut!((*mark).cookie).write_volatile(cookie);
+        }
+        if mark.is_null() || FLOWS.insert(cookie, flow, u64::from(BPF_NOEXIST)).is_err() {
+            atomic::add(ptr::addr_of_mut!((*service).uncounted_total), 1);
+            return Err(Uncounted::Full);
+        }
         atomic::add(ptr::addr_of_mut!((*service).flows_open), 1);
         atomic::add(ptr::addr_of_mut!((*service).flows_total), 1);
         touch(service, now_ns);
     }
-    // A flow whose end nobody hears of would keep the backend awake; an inspection at a take-over finds it.
+    watch(ctx);
+    Ok(cookie)
+}
+
+/// Whether drowse's own listener accepted `socket`, which then has inherited a mark.
+///
+/// # Safety
+/// `socket` is a full socket that the kernel gave to this program.
+#[inline(always)]
+unsafe fn is_proxied(socket: *mut bpf_sock) -> bool {
+    // SAFETY: the caller's promise.
+    !unsafe { MARKS.get(socket, 0) }.is_null()
+}
+
+/// Asks to be told of the end of this connection. A flow whose end nobody hears of would keep the backend awake: if this
+/// fails, the inspection at a take-over finds it. And a client that vanishes without a word is found out by keep-alive, as
+/// on a connection through the proxy.
+#[inline(always)]
+fn watch(ctx: &SockOpsContext) {
     let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
     let _ = ctx.set_cb_flags(flags.cast_signed());
-    Ok(cookie)
+    let mut on = 1_i32;
+    let (level, option) = (SOL_SOCKET.cast_signed(), SO_KEEPALIVE.cast_signed());
+    // SAFETY: the helper wants the context that the kernel passed in, and reads four bytes.
+    let _ = unsafe { bpf_setsockopt(ctx.as_ptr(), level, option, ptr::from_mut(&mut on).cast(), 4) };
 }
 
 /// IPv4 on an IPv6 socket is IPv4 to those who look at packets.
@@ -280,9 +295,9 @@ pub fn inspect_flows(ctx: TcContext) -> i32 {
 fn inspect(ctx: &TcContext, service: *mut Service, cookie: u64, remove: bool) {
     let Some(flow) = FLOWS.get_ptr_mut(cookie) else { return };
     // SAFETY: the verifier has checked the pointer; these fields are never written once the entry is in the map.
-    let (client, local, client_port) = unsafe {
+    let (client, local, client_port, bound_dev_if) = unsafe {
         let local = Endpoint { address: (*flow).local, port: (*flow).local_port, family: (*flow).family };
-        ((*flow).client, local, (*flow).client_port)
+        ((*flow).client, local, (*flow).client_port, (*flow).bound_dev_if)
     };
     let socket = find::socket(ctx, &local, client, client_port);
     // SAFETY: the socket is released before this returns; the other pointers are to entries of the maps.
@@ -302,7 +317,7 @@ fn inspect(ctx: &TcContext, service: *mut Service, cookie: u64, remove: bool) {
         if !socket.is_null() {
             bpf_sk_release(socket.cast());
         }
-        if !is_there && remove {
+        if !is_there && remove && bound_dev_if == 0 {
             forget(service, cookie);
         }
     }

@@ -33,7 +33,8 @@ pub mod map {
     /// Sockmap with [`crate::LISTENERS_MAX`] slots: the backend's listeners. `find_listener` puts them in, the kernel
     /// takes them out when they close.
     pub const LISTENERS: &str = "LISTENERS";
-    /// Socket storage: [`crate::Mark`], on the backend's listeners and inherited by what they accept.
+    /// Socket storage: [`crate::Mark`]. User space puts one on drowse's own listeners, and what they accept inherits it:
+    /// so a proxied connection is told from one that was handed off, which `observe` marks with its cookie.
     pub const MARKS: &str = "MARKS";
     /// Hash map: socket cookie ([`u64`](core::primitive::u64)) -> [`crate::Flow`], the open flows that were handed off.
     pub const FLOWS: &str = "FLOWS";
@@ -51,6 +52,8 @@ pub mod map {
 pub mod global {
     /// `u8`: log lines above this level (aya-log's numbers: 0 none, 4 debug) are compiled out by the verifier.
     pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
+    /// `u64`: the cookie of our network namespace (`SO_NETNS_COOKIE`). Connections of other ones are not counted.
+    pub const NETNS_COOKIE: &str = "NETNS_COOKIE";
 }
 
 /// The most ports that one object watches.
@@ -104,9 +107,9 @@ pub struct Endpoint {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Steered {
-    /// Handshakes that were given to the backend's listener.
+    /// Packets of no connection, nearly all of them SYNs, that were given to the backend's listener.
     pub steered_total: u64,
-    /// Handshakes that were left to drowse: no listener of the backend fits, or there are too many flows.
+    /// Those that were left to drowse: no listener of the backend fits, or there are too many flows.
     pub passed_total: u64,
 }
 
@@ -114,7 +117,7 @@ pub struct Steered {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mark {
-    /// The key of its flow in [`map::FLOWS`]; zero on a listener, and on connections that nobody counts.
+    /// The key of its flow in [`map::FLOWS`]; zero on drowse's listeners and on what they accepted.
     pub cookie: u64,
 }
 
@@ -140,8 +143,8 @@ pub struct Flow {
     pub local_port: u32,
     /// The family of the packets: [`FAMILY_V4`] or [`FAMILY_V6`].
     pub family: u32,
-    /// Keeps the size a multiple of 8.
-    pub reserved: u32,
+    /// The index of the network interface that the socket is bound to, or zero. An inspection does not find those that are.
+    pub bound_dev_if: u32,
 }
 
 /// The counters of all flows of a service that were handed off. Bytes and activity of flows that are open are as of the
@@ -185,8 +188,8 @@ pub mod found {
     pub const STORED: u32 = 1;
     /// The kernel does not take the listener into a sockmap: it is of MPTCP, or has an upper layer protocol.
     pub const REFUSED: u32 = 2;
-    /// The listener could not be marked: no memory.
-    pub const UNMARKED: u32 = 3;
+    /// The listener is bound to a network interface; what it accepts would be, too.
+    pub const BOUND: u32 = 3;
     /// The question was not understood.
     pub const BAD_SEARCH: u32 = 4;
 }

@@ -2,7 +2,8 @@
 //!
 //! Owns: [`PUBLIC`], [`LISTENERS`]. Must never: drop a packet, or take a connection from somebody else's address; what
 //! it does not assign goes to the listener that it would have gone to without the program.
-//! Rests on: `sk_lookup` running before the listeners are looked up, once per SYN (Linux 5.9); `bpf_sk_assign` refusing
+//! Rests on: `sk_lookup` running before the listeners are looked up, for each packet of no connection, which nearly
+//! always is a SYN (Linux 5.9); `bpf_sk_assign` refusing
 //! a listener of another family, and one when an earlier program has chosen already; the kernel choosing among a
 //! `SO_REUSEPORT` group after it.
 
@@ -48,13 +49,15 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
 fn wanted(ctx: &SkLookupContext) -> Option<*mut Steered> {
     // SAFETY: the kernel passed the context in and allows these reads for packets of any family. Volatile and
     // unconditional, see `observe::local_address`.
-    let (protocol, family, port, ip4, ip6) = unsafe {
+    let (protocol, family, port, remote, ip4, ip6) = unsafe {
         let ip6: *const u32 = ptr::addr_of!((*ctx.lookup).local_ip6).cast();
+        let remote: *const u32 = ptr::addr_of!((*ctx.lookup).remote_ip6).cast();
         let word = |index| ip6.add(index).read_volatile();
         (
             ptr::addr_of!((*ctx.lookup).protocol).read_volatile(),
             ptr::addr_of!((*ctx.lookup).family).read_volatile(),
             ptr::addr_of!((*ctx.lookup).local_port).read_volatile(),
+            remote.read_volatile(),
             ptr::addr_of!((*ctx.lookup).local_ip4).read_volatile(),
             [word(0), word(1), word(2), word(3)],
         )
@@ -65,10 +68,16 @@ fn wanted(ctx: &SkLookupContext) -> Option<*mut Steered> {
     let address = match family {
         FAMILY_V4 => [ip4, 0, 0, 0],
         // A link-local connection is bound to its interface: an inspection would not find it.
-        FAMILY_V6 if ip6[0] & LINK_LOCAL.0 != LINK_LOCAL.1 => ip6,
+        FAMILY_V6 if !is_link_local(remote) && !is_link_local(ip6[0]) => ip6,
         _ => return None,
     };
     entry(address, port, family)
+}
+
+/// Whether an IPv6 address with this first word is link-local.
+#[inline(always)]
+fn is_link_local(word: u32) -> bool {
+    word & LINK_LOCAL.0 == LINK_LOCAL.1
 }
 
 /// The entry for this address, or for any address, of the port.

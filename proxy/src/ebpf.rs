@@ -10,7 +10,7 @@ use std::os::fd::AsFd as _;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use anyhow::{Context as _, anyhow, bail};
-use aya::maps::{Array, HashMap, Map, MapData, RingBuf, SockMap};
+use aya::maps::{Array, HashMap, Map, MapData, RingBuf, SkStorage, SockMap};
 use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
@@ -25,7 +25,9 @@ mod pins;
 pub use facts::{Answer, Availability, Fact, availability};
 pub use pins::pin_name;
 
-use crate::sys::Readable;
+use socket2::{Domain, Socket, Type};
+
+use crate::sys::{self, Readable};
 use pins::Pins;
 
 /// The object that `cargo xtask build-ebpf` built; empty if it did not.
@@ -33,6 +35,9 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dr
 
 /// Bytes of the log's ring buffer when no line is wanted: the least that the kernel allows, one page.
 const LOG_BYTES_MIN: u32 = 4096;
+
+/// How often a test run is tried that signals interrupt.
+const ATTEMPTS_MAX: usize = 8;
 
 /// Bytes of the log's ring buffer otherwise; some hundred lines.
 const LOG_BYTES: u32 = 128 << 10;
@@ -76,6 +81,9 @@ impl Object {
         let mut pins = Pins::claim(name).map_err(|error| format!("{error:#}"));
         let loader = if pins.is_ok() { &PINNING_LOADER } else { &LOADER };
         let mut loader = loader.lock().unwrap_or_else(PoisonError::into_inner);
+        // The loader keeps a reference for ever; a process loads one object.
+        let netns_cookie: &'static u64 = Box::leak(Box::new(own_netns_cookie()?));
+        loader.override_global(abi::global::NETNS_COOKIE, netns_cookie, true);
         loader.override_global(abi::global::LOG_LEVEL, level, true).map_max_entries(abi::map::LOG, log_bytes);
         for (map, path) in pins.iter().flat_map(Pins::kept) {
             loader.map_pin_path(map, path);
@@ -119,6 +127,14 @@ impl Object {
         Array::try_from(self.map(name)?).with_context(|| format!("use map {name}"))
     }
 
+    /// The socket storage `name`, to write.
+    pub(crate) fn sk_storage_mut<V: Pod>(
+        &mut self,
+        name: &str,
+    ) -> anyhow::Result<SkStorage<&mut MapData, V>> {
+        SkStorage::try_from(self.map_mut(name)?).with_context(|| format!("use map {name}"))
+    }
+
     /// The sockmap `name`, to write.
     pub(crate) fn sock_map_mut(&mut self, name: &str) -> anyhow::Result<SockMap<&mut MapData>> {
         SockMap::try_from(self.map_mut(name)?).with_context(|| format!("use map {name}"))
@@ -133,14 +149,27 @@ impl Object {
     }
 
     /// Runs the classifier `name`, which is loaded, `times` times with `frame`, in the network namespace of this thread.
-    /// Gives its last answer.
+    /// Gives its last answer. A signal that interrupts the kernel's loop is no reason to give up.
     pub(crate) fn ask(&self, name: &str, frame: &[u8], times: u32) -> anyhow::Result<u32> {
         let program =
             self.ebpf.program(name).with_context(|| format!("find program {name} in the eBPF object"))?;
         let program: &SchedClassifier = program.try_into().with_context(|| format!("use program {name}"))?;
-        let options = TestRunOptions { data_in: Some(frame), repeat: times, ..TestRunOptions::new() };
-        let result = program.test_run(options).map_err(explain).with_context(|| format!("run {name}"))?;
-        Ok(result.return_value)
+        let run = || {
+            let options = TestRunOptions { data_in: Some(frame), repeat: times, ..TestRunOptions::new() };
+            program.test_run(options)
+        };
+        let mut result = run();
+        for _ in 1..ATTEMPTS_MAX {
+            match &result {
+                Err(ProgramError::SyscallError(error))
+                    if error.io_error.kind() == io::ErrorKind::Interrupted =>
+                {
+                    result = run();
+                }
+                Ok(_) | Err(_) => break,
+            }
+        }
+        Ok(result.map_err(explain).with_context(|| format!("run {name}"))?.return_value)
     }
 
     /// The ring buffer `name`, taken out of the object: it has one reader.
@@ -200,6 +229,12 @@ impl Log {
         ready.clear_ready();
         Ok(())
     }
+}
+
+/// The cookie of the network namespace that this thread is in; zero before Linux 5.14, where no socket has that one.
+fn own_netns_cookie() -> io::Result<u64> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    Ok(sys::netns_cookie(socket.as_fd()).unwrap_or(0))
 }
 
 /// The level of [`abi::global::LOG_LEVEL`] that the current subscribers want. Lines above it cost nothing: the verifier

@@ -219,7 +219,7 @@ impl EventLoop {
         self.notifier.ready();
         self.tell_status();
         if self.lifecycle.is_awake() {
-            self.kernel.load(true);
+            self.kernel.load(true, self.listeners.as_ref());
             self.ask_backend();
         }
         while !self.exit {
@@ -311,17 +311,13 @@ impl EventLoop {
             Woken::Asked(obstacle) => {
                 self.ask = None;
                 self.kernel.set_backend_obstacle(obstacle);
-                vec![Event::Tick]
+                self.tick()
             }
             Woken::Kernel(news) => {
                 self.hear(news);
-                vec![Event::Tick]
+                self.tick()
             }
-            Woken::FewFlowsOpen => vec![Event::Tick],
-            Woken::Deadline => {
-                self.inspect();
-                vec![Event::Tick]
-            }
+            Woken::FewFlowsOpen | Woken::Deadline => self.tick(),
             Woken::StatusAsked(peer) => self.answer_status(peer),
             Woken::WatchdogDue => {
                 self.notifier.alive();
@@ -425,7 +421,7 @@ impl EventLoop {
     /// The end of the last look: the accept queues are looked at after the busy command has had its say.
     fn last_look(&mut self, look: Look) -> Vec<Event> {
         self.history.looked(look.vetoed, clock::now());
-        self.inspect();
+        let is_known = self.inspect();
         let totals = self.totals();
         let has_room = self.lifecycle.held() + totals.flows_open < self.connections_max;
         let waiting = self.listeners.as_ref().filter(|_| has_room).and_then(Listeners::try_accept);
@@ -435,7 +431,7 @@ impl EventLoop {
         }
         vec![match look {
             Look { vetoed: true, .. } => Event::Busy,
-            Look { arriving: true, .. } => Event::Arriving,
+            Look { arriving, .. } if arriving || !is_known => Event::Arriving,
             Look { .. } => Event::Quiet,
         }]
     }
@@ -445,8 +441,14 @@ impl EventLoop {
         let now = clock::now();
         let totals = self.totals();
         tracing::trace!(?event, ?before, held = self.lifecycle.held(), "event");
+        let was_awake = self.lifecycle.is_awake();
         let commands = self.lifecycle.step(event, &totals, now);
         self.gate.set_open(self.lifecycle.is_awake());
+        if self.lifecycle.is_awake() && !was_awake {
+            // Perhaps somebody else started it.
+            self.kernel.load(true, self.listeners.as_ref());
+            self.ask_backend();
+        }
         self.kernel.hand_off(self.lifecycle.hands_off());
         self.history.changed(&before, self.lifecycle.state(), now.saturating_sub(since), now);
         self.log_change(&before, now.saturating_sub(since));
@@ -483,7 +485,7 @@ impl EventLoop {
     fn start_backend(&mut self) {
         self.hints.clear();
         // Beside the start, so that it never delays a client.
-        self.kernel.load(false);
+        self.kernel.load(false, self.listeners.as_ref());
         let Some(driver) = &mut self.driver else { return };
         let (run, activated, state) = (Arc::clone(&self.run), driver.is_socket_activated(), driver.state());
         self.check = Some(Box::pin(async move {
@@ -541,16 +543,22 @@ impl EventLoop {
         self.accounting.totals().with_handed_off(&self.kernel.service())
     }
 
-    /// Brings the activity of handed-off flows up to date, where a decision depends on it.
-    fn inspect(&self) {
-        if self.run.idle_policy == IdlePolicy::Traffic && self.totals().handed_off_open > 0 {
-            self.kernel.inspect(Inspect::UntilOneMoved);
-        }
+    /// The counters are to be looked at.
+    fn tick(&self) -> Vec<Event> {
+        self.inspect();
+        vec![Event::Tick]
+    }
+
+    /// Brings the activity of handed-off flows up to date, where a decision depends on it. Returns whether it is.
+    fn inspect(&self) -> bool {
+        let matters = self.run.idle_policy == IdlePolicy::Traffic && self.totals().handed_off_open > 0;
+        !matters || self.kernel.inspect(Inspect::UntilOneMoved)
     }
 
     /// The busy command has its say first, because it may take its time.
     fn look_again(&mut self) {
-        let (command, look) = (self.run.busy_command.clone(), self.kernel.last_look());
+        let open_counts = self.run.idle_policy == IdlePolicy::Connections;
+        let (command, look) = (self.run.busy_command.clone(), self.kernel.last_look(open_counts));
         // Flows of an earlier drowse may be open that nobody has counted yet.
         let unknown = self.kernel.may_have_flows();
         self.look = Some(Box::pin(async move {

@@ -5,6 +5,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use crate::address::Address;
 use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, RunArgs, Switch};
 use crate::ebpf::Object;
+use crate::listener::Listeners;
 use crate::plane::choose::{self, ListenerFacts};
 use crate::plane::handoff::{self, Handoff, Inspect, Miss};
 use crate::readiness::listen_hook::ListenHook;
@@ -28,6 +30,8 @@ const LOOKUP_TIME: Duration = Duration::from_millis(100);
 /// The shortest time between two searches for the backend's listeners that no event asks for.
 const SEARCH_PAUSE: Duration = Duration::from_secs(1);
 
+/// Longer than it takes to deal with a packet that has come.
+const PACKET_TIME: Duration = Duration::from_millis(50);
 /// The shortest time between two inspections for somebody who looks.
 const LOOK_PAUSE: Duration = Duration::from_secs(1);
 
@@ -73,6 +77,14 @@ struct Loaded {
     object: Object,
 }
 
+/// What the hand-off needs to know.
+struct Wanted {
+    public: Vec<Endpoint>,
+    backend: Vec<Endpoint>,
+    /// drowse's own listeners.
+    listeners: Vec<OwnedFd>,
+}
+
 enum Stage {
     /// Nobody asked for it yet.
     Unused,
@@ -101,6 +113,8 @@ pub struct Kernel {
     /// New connections are to be handed off, if possible.
     wanted: bool,
     search: Search,
+    /// The last try to steer failed.
+    trouble: Option<String>,
     /// The reason, or the success, was logged.
     told: Option<String>,
     /// When the counters were last brought up to date for somebody who looks.
@@ -130,6 +144,7 @@ impl Kernel {
             stage: if run.ebpf == Switch::Off { Stage::Refused } else { Stage::Unused },
             wanted: false,
             search: Search::Due,
+            trouble: None,
             told: None,
             shown_at: None,
         }
@@ -137,13 +152,14 @@ impl Kernel {
 
     /// Begins to load, unless that was done, or there is no use for it. [`News::Loaded`] follows. `takes_over`: the
     /// backend runs already.
-    pub fn load(&mut self, takes_over: bool) {
+    pub fn load(&mut self, takes_over: bool, listeners: Option<&Listeners>) {
         let Some(port) = self.backend.port() else { return };
         if !matches!(self.stage, Stage::Unused) {
             return;
         }
         let name = self.name.clone();
         let public = self.endpoints();
+        let sockets = listeners.map_or_else(|| Ok(Vec::new()), Listeners::tcp_sockets);
         let (backend, keep) = (self.backend.clone(), self.flows_outlive_us);
         // Flows that an earlier drowse handed off are counted, even if this one hands off none.
         let obstacle = self.obstacle.clone().filter(|_| !takes_over);
@@ -154,7 +170,13 @@ impl Kernel {
                 .iter()
                 .filter_map(|address| Some(choose::backend_endpoint(address.as_socket()?)))
                 .collect();
-            let load = move || Loaded::new(&name, port, obstacle.map_or(Ok((&public, &backend)), Err), keep);
+            let load = move || {
+                let wanted = obstacle.map_or_else(
+                    || Ok(Wanted { public, backend, listeners: sockets.map_err(|error| error.to_string())? }),
+                    Err,
+                );
+                Loaded::new(&name, port, wanted, keep)
+            };
             tokio::task::spawn_blocking(load).await.context("load the eBPF object")?
         });
         self.stage = Stage::Loading { loading, takes_over };
@@ -235,11 +257,15 @@ impl Kernel {
         if self.search == Search::Due {
             self.search = Search::Done(clock::now());
             match handoff.steer(&mut loaded.object) {
-                Ok(()) => self.tell_found(),
+                Ok(()) => {
+                    self.trouble = None;
+                    self.tell_found();
+                }
+                // It may pass: the next client that is proxied is a reason to try again.
                 Err(error) => {
                     handoff.stop_steering();
-                    self.obstacle = Some(format!("{error:#}"));
-                    self.tell_obstacle();
+                    self.trouble = Some(format!("{error:#}"));
+                    self.tell_found();
                 }
             }
         }
@@ -266,8 +292,8 @@ impl Kernel {
             return Service::default();
         }
         handoff::service(&loaded.object).unwrap_or_else(|error| {
-            warn!("{error:#}");
-            Service::default()
+            warn!("{error:#}; so it stays awake");
+            Service { flows_open: 1, ..Service::default() }
         })
     }
 
@@ -280,36 +306,41 @@ impl Kernel {
         }
     }
 
-    /// Brings the bytes and the activity of open handed-off flows up to date; some microseconds for each.
-    pub fn inspect(&self, which: Inspect) {
-        let Stage::Loaded(loaded) = &self.stage else { return };
+    /// Brings the bytes and the activity of open handed-off flows up to date; some microseconds for each. Returns whether
+    /// they are.
+    pub fn inspect(&self, which: Inspect) -> bool {
+        let Stage::Loaded(loaded) = &self.stage else { return true };
         if loaded.handoff.is_ok()
             && let Err(error) = handoff::inspect(&loaded.object, which)
         {
             warn!("{error:#}");
+            return false;
         }
+        true
     }
 
-    /// After the hand-off ended: whether somebody is half-way to the backend, in a handshake or in its accept queue.
-    /// Nobody is where connections cannot be handed off.
-    pub fn last_look(&self) -> impl Future<Output = bool> + use<> {
+    /// After the hand-off ended and the proxy's flows, too: whether somebody is half-way to the backend, in a handshake or
+    /// in its accept queue; or, if `open_counts`, connected to it, counted or not. This is the net below the counters.
+    pub fn last_look(&self, open_counts: bool) -> impl Future<Output = bool> + use<> {
         let backend: Vec<_> = match &self.stage {
             Stage::Loaded(loaded) => loaded.handoff.iter().flat_map(Handoff::found).map(as_address).collect(),
             Stage::Unused | Stage::Loading { .. } | Stage::Refused => Vec::new(),
         };
         let public: Vec<_> = self.endpoints().iter().map(|end| as_address(&(*end, ()))).collect();
         async move {
-            if backend.is_empty() {
+            if public.is_empty() {
                 return false;
             }
-            let look = move || {
-                // A SYN that the steering program saw before it was detached is in the tables when this returns: packets
-                // are received under RCU, and this waits for all of them (`synchronize_rcu`, membarrier(2)).
-                membarrier(MembarrierCommand::Global).context("wait for packets that are being received")?;
-                sockets::look(&public, &backend).context("read /proc/self/net/tcp")
-            };
+            // A SYN that the steering program saw before it was detached is in the tables when this returns: packets are
+            // received under RCU, and this waits for all of them (`synchronize_rcu`, membarrier(2)). Kernels booted with
+            // nohz_full= do not have it; a packet takes no millisecond.
+            let waited = tokio::task::spawn_blocking(|| membarrier(MembarrierCommand::Global)).await;
+            if !matches!(waited, Ok(Ok(()))) {
+                tokio::time::sleep(PACKET_TIME).await;
+            }
+            let look = move || sockets::look(&public, &backend).context("read /proc/self/net/tcp");
             match tokio::task::spawn_blocking(look).await.context("look for handshakes").flatten() {
-                Ok(seen) => seen.handshakes + seen.queued > 0,
+                Ok(seen) => seen.handshakes + seen.queued > 0 || (open_counts && seen.open > 0),
                 Err(error) => {
                     warn!("cannot look whether somebody is about to connect, so it stays awake: {error:#}");
                     true
@@ -359,6 +390,9 @@ impl Kernel {
 
     /// Why there is nobody to hand off to, although somebody is looked for.
     fn found_nothing(&self) -> Option<String> {
+        if self.trouble.is_some() {
+            return self.trouble.clone();
+        }
         let Stage::Loaded(loaded) = &self.stage else { return None };
         let found = loaded.handoff.as_ref().ok()?.found();
         if !self.wanted || self.search == Search::Due || found.iter().any(|(_, found)| found.is_ok()) {
@@ -374,7 +408,7 @@ impl Kernel {
                 "the listener at {backend} is of MPTCP or has an upper layer protocol; a backend written in Go needs \
                  GODEBUG=multipathtcp=0"
             ),
-            Miss::NoMemory => "the kernel has no memory for it".to_owned(),
+            Miss::Bound => format!("the listener at {backend} is bound to a network interface"),
         })
     }
 
@@ -440,19 +474,20 @@ impl Kernel {
 }
 
 impl Loaded {
-    /// Loads the object and attaches the listen hook for `port`. `wanted`: the addresses to hand off from and to, or why
-    /// there will be no hand-off.
-    fn new(
-        name: &str,
-        port: u16,
-        wanted: Result<(&Vec<Endpoint>, &Vec<Endpoint>), String>,
-        keep_flows: bool,
-    ) -> anyhow::Result<Self> {
+    /// Loads the object and attaches the listen hook for `port`. `wanted`: what the hand-off needs to know, or why there
+    /// will be none.
+    fn new(name: &str, port: u16, wanted: Result<Wanted, String>, keep_flows: bool) -> anyhow::Result<Self> {
         let mut object = Object::load(name)?;
         object.keep_flows(keep_flows);
+        // Before anything is counted.
+        let wanted = wanted.and_then(|wanted| {
+            handoff::mark(&mut object, &wanted.listeners).map_err(|error| format!("{error:#}"))?;
+            Ok(wanted)
+        });
         let hook = ListenHook::attach(&mut object, &[port])?;
-        let handoff = wanted.and_then(|(public, backend)| {
-            Handoff::prepare(&mut object, public, backend).map_err(|error| format!("{error:#}"))
+        let handoff = wanted.and_then(|wanted| {
+            Handoff::prepare(&mut object, &wanted.public, &wanted.backend)
+                .map_err(|error| format!("{error:#}"))
         });
         Ok(Self { handoff, hook, object })
     }

@@ -205,6 +205,8 @@ pub struct Lifecycle {
     leaving: bool,
     /// Clients that were held when the backend became ready and have no connection yet.
     to_pair: u64,
+    /// When counters were last looked at.
+    looked_at: Monotonic,
 }
 
 impl Lifecycle {
@@ -229,6 +231,7 @@ impl Lifecycle {
             draining: None,
             leaving: false,
             to_pair: 0,
+            looked_at: now,
         }
     }
 
@@ -291,7 +294,8 @@ impl Lifecycle {
             State::Awake if !self.starting && self.draining.is_none() => match self.idle(totals, now) {
                 // Bytes of handed-off flows are known only after a look, and the sooner, the more exactly.
                 Some(Decision::WaitUntil(at)) if totals.handed_off_open > 0 => {
-                    Some(at.min(now.saturating_add((self.rules.idle_time / 4).max(idle::LOOK_PAUSE_MIN))))
+                    let pause = (self.rules.idle_time / 4).max(idle::LOOK_PAUSE_MIN);
+                    Some(at.min(self.looked_at.saturating_add(pause)))
                 }
                 Some(Decision::WaitUntil(at) | Decision::LookAt(at)) => Some(at),
                 Some(Decision::Settle) => Some(now),
@@ -344,6 +348,7 @@ impl Lifecycle {
             }
             Event::Started(_) => self.starting = false,
             Event::Forgive => self.failures = 0,
+            Event::Tick => self.looked_at = now,
             Event::Terminate if self.draining.is_none() => {
                 self.draining = Some(now.saturating_add(self.rules.drain_time));
                 todo.push(Command::StopAccepting);
@@ -358,8 +363,7 @@ impl Lifecycle {
             | Event::BackendDown(_)
             | Event::Quiet
             | Event::Arriving
-            | Event::Busy
-            | Event::Tick => {}
+            | Event::Busy => {}
         }
     }
 

@@ -86,6 +86,15 @@ impl Listeners {
         self.all.iter().map(|listener| listener.facts(here)).collect()
     }
 
+    /// Duplicates of the TCP listeners' descriptors, to be closed soon: while one is open, its listener is.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn tcp_sockets(&self) -> io::Result<Vec<OwnedFd>> {
+        let is_tcp = |listener: &&Listener| listener.is_tcp();
+        self.all.iter().filter(is_tcp).map(|listener| listener.socket.as_fd().try_clone_to_owned()).collect()
+    }
+
     /// Whether one of the listeners is at `address`: a proxy that connects to itself never ends.
     #[must_use]
     pub fn is_at(&self, address: &SockAddr) -> bool {
@@ -208,6 +217,10 @@ impl Listener {
             passed,
             made,
         })
+    }
+
+    fn is_tcp(&self) -> bool {
+        self.socket.get_ref().local_addr().is_ok_and(|address| address.as_socket().is_some())
     }
 
     /// `here`: the cookie of our own network namespace; without one (before Linux 5.14) none is taken for ours.

@@ -16,7 +16,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 const TABLES: [&str; 2] = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
 
-/// What is on its way to the backend and not accepted by it yet.
+/// Who is connected to the backend, or on the way to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Look {
     /// Handshakes under way at the public addresses: a SYN has come, the client's ACK (with `TCP_DEFER_ACCEPT`: its
@@ -25,6 +25,8 @@ pub struct Look {
     /// Connections that nobody has accepted: those in the accept queues of the listeners that a connection to the
     /// backend's address reaches, or those to the public addresses, whichever are more.
     pub queued: u64,
+    /// Connections to the public addresses that somebody has accepted.
+    pub open: u64,
 }
 
 /// Looks at the sockets of our network namespace. Blocks while the kernel writes its tables, which takes some
@@ -60,17 +62,20 @@ struct Tally {
     waiting: u64,
     /// At public addresses and not accepted.
     not_accepted: u64,
+    /// At public addresses and accepted.
+    accepted: u64,
 }
 
 impl Tally {
     fn new(public: &[SocketAddr], backend: &[SocketAddr]) -> Self {
         let plain = |address: &SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
         let (public, backend) = (public.iter().map(plain).collect(), backend.iter().map(plain).collect());
-        Self { public, backend, handshakes: 0, waiting: 0, not_accepted: 0 }
+        Self { public, backend, handshakes: 0, waiting: 0, not_accepted: 0, accepted: 0 }
     }
 
     fn look(&self) -> Look {
-        Look { handshakes: self.handshakes, queued: self.waiting.max(self.not_accepted) }
+        let queued = self.waiting.max(self.not_accepted);
+        Look { handshakes: self.handshakes, queued, open: self.accepted }
     }
 
     fn read(&mut self, mut table: impl BufRead) -> io::Result<()> {
@@ -100,7 +105,11 @@ impl Tally {
             b"03" if is_public => self.handshakes += 1,
             // ESTABLISHED, CLOSE_WAIT: those that are not accepted have no file, nor have orphans, but no orphan is
             // in one of these states.
-            b"01" | b"08" if is_public => self.not_accepted += u64::from(fields.nth(5)? == b"0"),
+            b"01" | b"08" if is_public => {
+                let is_accepted = fields.nth(5)? != b"0";
+                self.accepted += u64::from(is_accepted);
+                self.not_accepted += u64::from(!is_accepted);
+            }
             // LISTEN
             b"0A" if self.backend.iter().any(|backend| reaches(*backend, local)) => {
                 let (_, rx_queue) = split_at_colon(fields.next()?)?;
@@ -246,12 +255,13 @@ mod tests {
     #[test]
     fn who_waits_is_told_once() {
         let both = &["127.0.0.1:18081"];
-        assert_eq!(tally(TCP, both, both).look(), Look { handshakes: 1, queued: 1 });
+        let open = tally(TCP, both, both).look().open;
+        assert_eq!(tally(TCP, both, both).look(), Look { handshakes: 1, queued: 1, open });
         // The client entered the queue after the listener was read.
         let late = TCP.replace("0A 00000000:00000001", "0A 00000000:00000000");
-        assert_eq!(tally(&late, both, both).look(), Look { handshakes: 1, queued: 1 });
+        assert_eq!(tally(&late, both, both).look(), Look { handshakes: 1, queued: 1, open });
         let accepted = late.replace("0        0 0 1 ", "0        0 26545340 1 ");
-        assert_eq!(tally(&accepted, both, both).look(), Look { handshakes: 1, queued: 0 });
+        assert_eq!(tally(&accepted, both, both).look(), Look { handshakes: 1, queued: 0, open: open + 1 });
     }
 
     #[test]
@@ -306,11 +316,11 @@ mod tests {
 
     /// Looks until it sees what it should, or for long enough on a busy machine.
     fn expect(public: &[SocketAddr], backend: &[SocketAddr], handshakes: u64, queued: u64) {
-        let wanted = Look { handshakes, queued };
+        let wanted = (handshakes, queued);
         let deadline = clock::now() + Duration::from_secs(20);
         loop {
             let seen = look(public, backend).unwrap();
-            if seen == wanted {
+            if (seen.handshakes, seen.queued) == wanted {
                 return;
             }
             assert!(clock::now() < deadline, "{seen:?} is not {wanted:?} at {public:?}, {backend:?}");

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use aya::Ebpf;
 use aya::maps::MapInfo;
-use drowse_ebpf::{Flow, Mark, Service, map};
+use drowse_ebpf::{FLOWS_MAX, Flow, Mark, Service, map};
 use rustix::fs::{FlockOperation, flock};
 
 use super::facts::{self, Answer, BPFFS};
@@ -114,13 +114,15 @@ impl Drop for Pins {
 
 /// Whether the map pinned at `path` is what this build calls `name`.
 fn has_shape(name: &str, path: &Path) -> bool {
-    let value_size = match name {
-        map::MARKS => size_of::<Mark>(),
-        map::FLOWS => size_of::<Flow>(),
-        map::SERVICE => size_of::<Service>(),
+    let (value_size, entries) = match name {
+        map::MARKS => (size_of::<Mark>(), 0),
+        map::FLOWS => (size_of::<Flow>(), FLOWS_MAX),
+        map::SERVICE => (size_of::<Service>(), 1),
         _ => return false,
     };
-    path.exists() && MapInfo::from_pin(path).is_ok_and(|info| info.value_size() as usize == value_size)
+    let fits =
+        |info: MapInfo| info.value_size() as usize == value_size && info.max_entries() as usize == entries;
+    path.exists() && MapInfo::from_pin(path).is_ok_and(fits)
 }
 
 /// Makes `directory` and locks it.

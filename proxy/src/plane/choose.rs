@@ -82,6 +82,9 @@ pub fn endpoints(listener: &ListenerFacts) -> Result<Vec<Endpoint>, String> {
     if let Some(peculiarity) = listener.peculiarity {
         return Err(peculiarity.reason().to_owned());
     }
+    if matches!(address.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local()) {
+        return Err("it is at a link-local address".to_owned());
+    }
     let mut endpoints = vec![endpoint(address)];
     if address.is_ipv6() && address.ip().is_unspecified() && !listener.only_v6 {
         endpoints.push(Endpoint { family: FAMILY_V4, ..endpoint(address) });
@@ -182,6 +185,7 @@ mod tests {
     #[test]
     fn a_listener_that_cannot_be_steered_says_why() {
         let plain = listener("127.0.0.1:80");
+        assert!(endpoints(&listener("[fe80::1]:80")).unwrap_err().contains("link-local"));
         let unix = ListenerFacts { address: None, ..plain.clone() };
         assert!(endpoints(&unix).unwrap_err().contains("unix"));
         for (peculiarity, says) in [

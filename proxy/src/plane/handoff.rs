@@ -6,11 +6,12 @@
 //! that they are gone with the process however it dies; a sockmap letting go of a listener that closes.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 
 use anyhow::{Context as _, bail};
 use aya::programs::sk_lookup::SkLookupLink;
 use aya::programs::{SchedClassifier, SkLookup};
-use drowse_ebpf::{self as abi, Endpoint, Flow, Inspection, Search, Service, Steered};
+use drowse_ebpf::{self as abi, Endpoint, Flow, Inspection, Mark, Search, Service, Steered};
 
 use crate::ebpf::{self, Object};
 
@@ -28,8 +29,8 @@ pub enum Miss {
     Nobody,
     /// Its listener cannot be in a sockmap.
     Refused,
-    /// There was no memory for it.
-    NoMemory,
+    /// Its listener is bound to a network interface.
+    Bound,
 }
 
 /// The plane, prepared: programs loaded, nothing attached.
@@ -130,16 +131,19 @@ impl Handoff {
             self.backend.iter_mut().zip((0_u32..).step_by(SLOTS_PER_ADDRESS as usize))
         {
             let slots = first_slot..first_slot + SLOTS_PER_ADDRESS;
+            let mut answer = Err(Miss::Nobody);
             for slot in slots.clone() {
                 let search = Search { backend: *backend, slot, source_port: slot + 1 };
-                *found = match object.ask(abi::program::FIND_LISTENER, &search.to_frame(), 1)? {
+                let one = match object.ask(abi::program::FIND_LISTENER, &search.to_frame(), 1)? {
                     abi::found::STORED => Ok(()),
                     abi::found::REFUSED => Err(Miss::Refused),
-                    abi::found::UNMARKED => Err(Miss::NoMemory),
+                    abi::found::BOUND => Err(Miss::Bound),
                     _ => Err(Miss::Nobody),
                 };
+                answer = answer.or(one);
             }
-            if found.is_err() {
+            *found = answer;
+            if answer.is_err() {
                 let mut listeners = object.sock_map_mut(abi::map::LISTENERS)?;
                 for slot in slots {
                     // Most are empty already.
@@ -149,6 +153,19 @@ impl Handoff {
         }
         Ok(())
     }
+}
+
+/// Marks drowse's own listeners, so that what they accept is told from what is handed off. To be done before anything is
+/// counted.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn mark(object: &mut Object, listeners: &[OwnedFd]) -> anyhow::Result<()> {
+    let mut marks = object.sk_storage_mut::<Mark>(abi::map::MARKS)?;
+    for listener in listeners {
+        marks.insert(listener, Mark::default(), 0).context("mark a listener")?;
+    }
+    Ok(())
 }
 
 /// The counters of all flows that were handed off.

@@ -32,6 +32,7 @@ const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
 const SERVICE: &str = "org.freedesktop.systemd1.Service";
 const SLICE: &str = "org.freedesktop.systemd1.Slice";
+const SOCKET: &str = "org.freedesktop.systemd1.Socket";
 const DBUS: &str = "org.freedesktop.DBus";
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 
@@ -479,7 +480,43 @@ impl Shared {
         let of_slices = try_join_all(of_slices).await.map_err(failed)?;
         let units =
             std::iter::once((name, &settings)).chain(slices.iter().map(String::as_str).zip(&of_slices));
-        Ok(units.into_iter().find_map(|(unit, settings)| restrictions::find(unit, settings)))
+        let of_backend = units.into_iter().find_map(|(unit, settings)| restrictions::find(unit, settings));
+        if of_backend.is_some() {
+            return Ok(of_backend);
+        }
+        self.own_restriction(&conn).await.map_err(failed)
+    }
+
+    /// Why clients that pass drowse by would escape what their administrator set for drowse's socket, its service or
+    /// their slices. Nothing, if drowse is no unit of this manager.
+    async fn own_restriction(&self, conn: &Connection) -> zbus::Result<Option<String>> {
+        let own_pid = (std::process::id(),);
+        let Ok(reply) = self.call(conn, SYSTEMD_PATH, MANAGER, "GetUnitByPID", &own_pid).await else {
+            return Ok(None);
+        };
+        let path = reply.body().deserialize::<OwnedObjectPath>()?.to_string();
+        let Ok(service) = self.get::<String>(conn, &path, UNIT, "Id").await else { return Ok(None) };
+        let sockets: Vec<String> = self.get(conn, &path, UNIT, "TriggeredBy").await?;
+        let is_socket = |name: &String| name.ends_with(".socket");
+        let mut units = vec![(service, SERVICE)];
+        units.extend(sockets.into_iter().filter(is_socket).map(|name| (name, SOCKET)));
+        let mut slices: Vec<String> = Vec::new();
+        for (unit, interface) in &units {
+            let settings = self.all(conn, unit, interface).await?;
+            if let Some(found) = restrictions::find_own(unit, &settings) {
+                return Ok(Some(found));
+            }
+            let slice = settings.get("Slice").and_then(|slice| <&str>::try_from(slice).ok());
+            slices.extend(slice.map(restrictions::slices).unwrap_or_default());
+        }
+        slices.sort();
+        slices.dedup();
+        for slice in &slices {
+            if let Some(found) = restrictions::find_own(slice, &self.all(conn, slice, SLICE).await?) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
     }
 
     /// All properties of a unit that its type has, by name.

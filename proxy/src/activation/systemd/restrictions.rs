@@ -25,11 +25,21 @@ const SETTINGS: [(&str, &str); 6] = [
     ("NFTSet", "the real clients' packets"),
 ];
 
-/// The first setting of `unit` that would apply to the clients, as a line for people.
+/// The first setting of the backend's `unit` that would apply to the clients, as a line for people.
 pub(super) fn find(unit: &str, properties: &HashMap<String, OwnedVariant>) -> Option<String> {
-    let (setting, what) =
-        SETTINGS.iter().find(|(setting, _)| properties.get(*setting).is_some_and(|value| is_set(value)))?;
+    let (setting, what) = first(properties)?;
     Some(format!("{setting}= of {unit} would see {what}"))
+}
+
+/// The first setting of one of drowse's own units that applies to the clients now and would not any more: such a program
+/// sees the packets of the sockets of its unit, and with a hand-off the clients' are the backend's.
+pub(super) fn find_own(unit: &str, properties: &HashMap<String, OwnedVariant>) -> Option<String> {
+    let (setting, _) = first(properties)?;
+    Some(format!("{setting}= of {unit} would not apply to the clients any more"))
+}
+
+fn first(properties: &HashMap<String, OwnedVariant>) -> Option<(&'static str, &'static str)> {
+    SETTINGS.into_iter().find(|(setting, _)| properties.get(*setting).is_some_and(|value| is_set(value)))
 }
 
 /// Whether a list, or one of the lists that go with a flag, has an entry.
