@@ -17,7 +17,7 @@ use drowse_tests::deadline::{eventually, pause};
 use drowse_tests::drowse_binary;
 use drowse_tests::isolated::{FAR, NEAR, Remote, in_netns, isolated, new_netns};
 use drowse_tests::pinned::{Counted, counted, held_by, steering_links, wait_until_gone, wait_until_open};
-use drowse_tests::process::{Drowse, SOON, connect_to};
+use drowse_tests::process::{Drowse, RUNTIME_DIR, SOON, connect_to};
 use drowse_tests::whoami::{Backend, Client, ask, handed_off};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -65,6 +65,14 @@ fn ensure_not_taken(drowse: &mut Drowse, word: &str) -> Result<()> {
     drowse.wait_for_line_with(&["not handed off", word])?;
     ensure!(steering_links()?.is_empty(), "a steering program is attached all the same");
     Ok(())
+}
+
+/// What `drowse status` shows, which gives up after a second.
+fn shown(drowse: &Drowse) -> Result<serde_json::Value> {
+    let mut status = Command::new(drowse_binary()?);
+    let output = status.args(["status", NAME, "--json"]).env(RUNTIME_DIR, drowse.runtime_dir()).output()?;
+    ensure!(output.status.success(), "status: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).context("read what status shows")
 }
 
 /// A backend whose connections come to the test itself.
@@ -136,6 +144,26 @@ fn the_client_that_wakes_is_proxied_and_later_ones_are_handed_off() -> Result<()
         drowse.signal(Signal::TERM)?;
         ensure!(drowse.wait_for_exit()?.success());
         ensure!(steering_links()?.is_empty(), "steering without drowse");
+        Ok(())
+    })
+}
+
+#[test]
+fn an_open_flow_is_looked_at_once_for_each_who_looks() -> Result<()> {
+    isolated(|| {
+        let drowse = with_command(&[])?;
+        Client::connect(PUBLIC)?.end()?;
+        let _open = handed_off(PUBLIC)?;
+        let inspect = || -> Result<serde_json::Value> {
+            pause(Duration::from_millis(1100));
+            Ok(shown(&drowse)?.pointer("/flows/handed_off/open").context("find the flows")?.clone())
+        };
+        for _ in 0..2 {
+            let begun = drowse::clock::now();
+            let open = inspect()?;
+            let took = drowse::clock::now().saturating_sub(begun) - Duration::from_millis(1100);
+            ensure!(open == 1 && took < Duration::from_millis(500), "{open} flow; it took {took:?}");
+        }
         Ok(())
     })
 }

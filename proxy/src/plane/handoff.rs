@@ -206,8 +206,9 @@ pub enum Inspect {
 pub fn inspect(object: &Object, which: Inspect) -> anyhow::Result<()> {
     let before = service(object)?.last_activity_ns;
     let flows = object.hash_map::<u64, Flow>(abi::map::FLOWS)?;
+    // Fused: asked once more after its end, aya's walk begins anew, and each flow would be inspected thousands of times.
     let mut cookies: Box<dyn Iterator<Item = u64>> =
-        Box::new(flows.keys().take(abi::FLOWS_MAX).map_while(Result::ok));
+        Box::new(flows.keys().take(abi::FLOWS_MAX).map_while(Result::ok).fuse());
     if which == Inspect::TakeUp {
         // A walk begins anew when the entry that it is at is taken out.
         cookies = Box::new(cookies.collect::<Vec<_>>().into_iter());
