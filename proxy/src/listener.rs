@@ -223,7 +223,7 @@ impl Listener {
         self.socket.get_ref().local_addr().is_ok_and(|address| address.as_socket().is_some())
     }
 
-    /// `here`: the cookie of our own network namespace; without one (before Linux 5.14) none is taken for ours.
+    /// `here`: the cookie of our own network namespace, if the kernel tells it.
     fn facts(&self, here: Option<u64>) -> io::Result<ListenerFacts> {
         let socket = self.socket.get_ref();
         let address = socket.local_addr()?.as_socket();
@@ -231,7 +231,9 @@ impl Listener {
             None
         } else if socket.protocol()? != Some(Protocol::TCP) {
             Some(Peculiarity::NotPlainTcp)
-        } else if here.is_none() || sys::netns_cookie(socket.as_fd()).ok() != here {
+        } else if here.is_none() {
+            Some(Peculiarity::UnknownNetns)
+        } else if sys::netns_cookie(socket.as_fd()).ok() != here {
             Some(Peculiarity::OtherNetns)
         } else if socket.reuse_port()? {
             Some(Peculiarity::SharesPort)

@@ -264,6 +264,17 @@ fn not_to_a_unit_in_a_slice_with_an_address_filter() -> Result<()> {
     })
 }
 
+/// The filter of the socket unit is for the sockets of that unit: clients would escape it.
+#[test]
+fn not_past_the_address_filter_of_the_public_socket() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let drop_in = "[Socket]\nIPAddressDeny=192.0.2.0/24\n";
+        installation.systemd.write("/etc/systemd/system/drowse@echo.socket.d/strict.conf", drop_in)?;
+        installation.echo(WHOAMI, HANDOFF)?;
+        ensure_not_taken(installation, "IPAddressDeny= of drowse@echo.socket")
+    })
+}
+
 /// While such a backend is down, systemd listens in its place.
 #[test]
 fn not_to_a_backend_that_shares_its_listener_with_systemd() -> Result<()> {

@@ -37,7 +37,7 @@ fn two_hundred_clients_at_any_instant_of_the_stop_are_served() -> Result<()> {
         let journal = installation.systemd.journal("echo.service")?;
         let stops = journal.lines().filter(|line| line.starts_with("Stopped echo.service")).count();
         println!("{stops} stops");
-        ensure!(stops >= 50, "the race was run in {stops} rounds only");
+        ensure!(stops >= 10, "the race was run in {stops} rounds only");
         ensure!(installation.systemd.property("drowse@echo.service", "NRestarts")? == "0");
         Ok(())
     })

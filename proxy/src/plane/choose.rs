@@ -29,6 +29,8 @@ pub enum Peculiarity {
     NotPlainTcp,
     /// It belongs to another network namespace than the one that drowse runs in.
     OtherNetns,
+    /// The kernel does not tell to which one it belongs (before Linux 5.14).
+    UnknownNetns,
     /// `SO_REUSEPORT`: others may listen on the same address.
     SharesPort,
     /// `SO_BINDTODEVICE`: only what comes through one interface is for it.
@@ -40,6 +42,7 @@ impl Peculiarity {
         match self {
             Self::NotPlainTcp => "it is no plain TCP socket (SocketProtocol= of the .socket unit)",
             Self::OtherNetns => "it belongs to another network namespace than drowse",
+            Self::UnknownNetns => "hand-off needs Linux 5.15, and this kernel is older",
             Self::SharesPort => "others may share its address (ReusePort= of the .socket unit)",
             Self::BoundToDevice => "it is bound to a network interface (BindToDevice= of the .socket unit)",
         }
@@ -191,6 +194,7 @@ mod tests {
         for (peculiarity, says) in [
             (Peculiarity::NotPlainTcp, "SocketProtocol="),
             (Peculiarity::OtherNetns, "network namespace"),
+            (Peculiarity::UnknownNetns, "Linux 5.15"),
             (Peculiarity::SharesPort, "ReusePort="),
             (Peculiarity::BoundToDevice, "BindToDevice="),
         ] {
