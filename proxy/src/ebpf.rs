@@ -95,7 +95,8 @@ impl Object {
         Ok(Self { ebpf, pins })
     }
 
-    /// Why the maps are not pinned, if they are not: for one line of log. All else works without.
+    /// Why the maps are not pinned, if they are not: for one line of log. All but the
+    /// hand-off works without.
     #[must_use]
     pub fn unpinned(&self) -> Option<&str> {
         self.pins.as_ref().err().map(String::as_str)

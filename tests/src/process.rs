@@ -7,7 +7,7 @@ use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixDatagram;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
@@ -58,6 +58,8 @@ pub struct Drowse {
     notifications: Receiver<String>,
     /// Where the notify socket and the status socket are, for as long as they are needed.
     directory: TempDir,
+    /// Its name, unless the command gave it another.
+    name: String,
 }
 
 impl Drowse {
@@ -79,7 +81,8 @@ impl Drowse {
         let directory = tempfile::tempdir().context("make a directory for sockets")?;
         let path = directory.path().join("notify");
         let notifications = read_notifications(UnixDatagram::bind(&path)?);
-        command.env("NOTIFY_SOCKET", &path).stdin(Stdio::null());
+        let name = unique_name(&directory);
+        command.env("NOTIFY_SOCKET", &path).env("DROWSE_NAME", &name).stdin(Stdio::null());
         if command.get_envs().all(|(name, _)| name != RUNTIME_DIR) {
             command.env(RUNTIME_DIR, runtime_dir_in(&directory));
         }
@@ -98,7 +101,7 @@ impl Drowse {
                 }
             });
         }
-        Ok(Self { child, output, lines: Vec::new(), notifications, directory })
+        Ok(Self { child, output, lines: Vec::new(), notifications, directory, name })
     }
 
     /// The process id.
@@ -201,7 +204,15 @@ impl Drop for Drowse {
             let _already_gone = self.child.kill();
             let _reaped = self.child.wait();
         }
+        // Of one that was killed, or whose flows were open; nothing where there is no BPF file system.
+        let _none_left = std::fs::remove_dir_all(Path::new("/sys/fs/bpf/drowse").join(&self.name));
     }
+}
+
+/// A name that no other drowse has, of characters that stay as they are in the name of its pins.
+fn unique_name(directory: &TempDir) -> String {
+    let last = directory.path().file_name().unwrap_or_default().to_string_lossy();
+    last.chars().filter(char::is_ascii_alphanumeric).chain("-test".chars()).collect()
 }
 
 fn runtime_dir_in(directory: &TempDir) -> PathBuf {

@@ -53,7 +53,7 @@ pub struct Availability {
     pub capabilities: Fact,
     /// A cgroup2 hierarchy is mounted.
     pub cgroup2: Fact,
-    /// A BPF file system is mounted. Maps are only pinned there, all else works without.
+    /// A BPF file system is mounted. Maps are pinned there; all but the hand-off works without.
     pub bpffs: Fact,
 }
 

@@ -123,7 +123,8 @@ pub struct Flows {
 pub struct FlowCount {
     /// Open now.
     pub open: u64,
-    /// Since the start of this drowse, open ones included.
+    /// Since the start of this drowse, open ones included; those that were handed off also since that of the one whose
+    /// open flows it took over.
     pub total: u64,
 }
 
@@ -202,6 +203,7 @@ pub struct ListenerView {
     pub reason: Option<String>,
 }
 
+#[cfg(test)]
 impl HandoffView {
     /// No hand-off at any of `listeners`, for this reason.
     pub fn off<'a>(listeners: impl Iterator<Item = &'a str>, reason: Option<String>) -> Self {

@@ -487,22 +487,19 @@ impl Shared {
         self.own_restriction(&conn).await.map_err(failed)
     }
 
-    /// Why clients that pass drowse by would escape what their administrator set for drowse's socket, its service or
-    /// their slices. Nothing, if drowse is no unit of this manager.
+    /// Why clients that pass drowse by would escape what their administrator set for drowse's socket units or the slices
+    /// of these: a socket that systemd passed on belongs to its socket unit, not to the service. Nothing, if drowse is
+    /// no unit of this manager.
     async fn own_restriction(&self, conn: &Connection) -> zbus::Result<Option<String>> {
         let own_pid = (std::process::id(),);
         let Ok(reply) = self.call(conn, SYSTEMD_PATH, MANAGER, "GetUnitByPID", &own_pid).await else {
             return Ok(None);
         };
         let path = reply.body().deserialize::<OwnedObjectPath>()?.to_string();
-        let Ok(service) = self.get::<String>(conn, &path, UNIT, "Id").await else { return Ok(None) };
-        let sockets: Vec<String> = self.get(conn, &path, UNIT, "TriggeredBy").await?;
-        let is_socket = |name: &String| name.ends_with(".socket");
-        let mut units = vec![(service, SERVICE)];
-        units.extend(sockets.into_iter().filter(is_socket).map(|name| (name, SOCKET)));
+        let triggers: Vec<String> = self.get(conn, &path, UNIT, "TriggeredBy").await.unwrap_or_default();
         let mut slices: Vec<String> = Vec::new();
-        for (unit, interface) in &units {
-            let settings = self.all(conn, unit, interface).await?;
+        for unit in triggers.iter().filter(|name| name.ends_with(".socket")) {
+            let settings = self.all(conn, unit, SOCKET).await?;
             if let Some(found) = restrictions::find_own(unit, &settings) {
                 return Ok(Some(found));
             }
