@@ -119,9 +119,9 @@ struct Pins;
 impl Drop for Pins {
     fn drop(&mut self) {
         let ours = format!("drowse-bench-{}-", std::process::id());
-        let pins = std::fs::read_dir("/sys/fs/bpf/drowse").into_iter().flatten().flatten();
+        let pins = fs::read_dir("/sys/fs/bpf/drowse").into_iter().flatten().flatten();
         for entry in pins.filter(|entry| entry.file_name().to_string_lossy().starts_with(&ours)) {
-            let _gone_already = std::fs::remove_dir_all(entry.path());
+            let _gone_already = fs::remove_dir_all(entry.path());
         }
     }
 }

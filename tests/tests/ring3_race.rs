@@ -32,7 +32,7 @@ fn two_hundred_clients_at_any_instant_of_the_stop_are_served() -> Result<()> {
             installation.ask().with_context(|| format!("round {round}"))?;
             let waited = clock::now().saturating_sub(began);
             ensure!(waited < Duration::from_secs(5), "round {round} waited for {waited:?}");
-            pause(Duration::from_micros(30_000 + next(&mut seed) % 80_000));
+            pause(Duration::from_micros(30_000 + next(&mut seed) % 150_000));
         }
         let journal = installation.systemd.journal("echo.service")?;
         let stops = journal.lines().filter(|line| line.starts_with("Stopped echo.service")).count();
