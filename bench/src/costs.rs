@@ -54,8 +54,17 @@ impl Counters {
     /// When `/proc` does not tell.
     pub fn now(proxy: Option<&Running>, has_process_for_each_flow: bool) -> Result<Self> {
         let stat = fs::read_to_string("/proc/stat").context("read /proc/stat")?;
-        let proxy = proxy.map(|proxy| ProxyCounters::now(proxy, has_process_for_each_flow));
+        let proxy = proxy.map(|proxy| ProxyCounters::now(proxy, has_process_for_each_flow, None));
         Ok(Self { machine_ticks: machine_ticks(&stat)?, proxy: proxy.transpose()? })
+    }
+
+    /// The same of a proxy that may have started the process `backend` itself, which is then not counted with it.
+    ///
+    /// # Errors
+    /// When `/proc` does not tell.
+    pub fn without_backend(proxy: &Running, backend: u32) -> Result<Self> {
+        let proxy = Some(ProxyCounters::now(proxy, false, Some(backend))?);
+        Ok(Self { proxy, ..Self::now(None, false)? })
     }
 
     /// What was used since `before`, for each unit of `work`: figures by name with their unit.
@@ -103,9 +112,9 @@ impl Counters {
 }
 
 impl ProxyCounters {
-    fn now(proxy: &Running, forgets_switches: bool) -> Result<Self> {
+    fn now(proxy: &Running, forgets_switches: bool, except: Option<u32>) -> Result<Self> {
         let mut counters = Self { forgets_switches, ..Self::default() };
-        for pid in proxy.processes()? {
+        for pid in proxy.processes()?.into_iter().filter(|pid| Some(*pid) != except) {
             // What is gone since it was listed counts with its parent as soon as that has waited for it.
             let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
             counters.reaped_ticks += reaped_ticks(&stat)?;

@@ -232,7 +232,7 @@ fn nobody_is_lost_at_the_exit() -> Result<()> {
                     .with_context(|| format!("client {served} of round {round}"))?;
                 drop(client);
                 served += 1;
-                pause(Duration::from_micros(18_000 + 1_500 * (round + served % 30)));
+                pause(Duration::from_micros(18_000 + 5_000 * ((7 * served + round) % 37)));
             }
             Ok(drowse.has_exited()?.then_some(()))
         })

@@ -104,7 +104,7 @@ fn busy(
         warm_up_time: Duration::ZERO,
         measured_time: setting.sizes.busy_time,
     };
-    let counters = || Counters::now(Some(proxy), false);
+    let counters = || Counters::without_backend(proxy, backend);
     let (before, started_at) = (counters()?, drowse::clock::now());
     let result = load.run_over(&mut flows)?;
     let (after, time) = (counters()?, drowse::clock::now().saturating_sub(started_at));
