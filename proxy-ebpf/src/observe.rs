@@ -40,32 +40,31 @@ pub struct Address {
 }
 
 /// The local address.
-///
-/// Volatile and unconditional, or the compiler joins the reads of both families into one through a computed pointer
-/// into the context, which the verifier refuses.
 #[inline(always)]
 pub fn local_address(ctx: &SockOpsContext) -> Address {
-    // SAFETY: the kernel passed the context in and allows these reads for sockets of any family.
-    unsafe {
-        let ip6: *const u32 = ptr::addr_of!((*ctx.ops).local_ip6).cast();
-        let word = |index| ip6.add(index).read_volatile();
-        Address {
-            ip4: ptr::addr_of!((*ctx.ops).local_ip4).read_volatile(),
-            ip6: [word(0), word(1), word(2), word(3)],
-        }
-    }
+    // SAFETY: the kernel passed the context in; the pointers are to its own fields.
+    unsafe { address(ptr::addr_of!((*ctx.ops).local_ip4), ptr::addr_of!((*ctx.ops).local_ip6).cast()) }
 }
 
-/// The peer's address, read as [`local_address`].
+/// The peer's address.
 #[inline(always)]
 pub fn remote_address(ctx: &SockOpsContext) -> Address {
     // SAFETY: as above.
+    unsafe { address(ptr::addr_of!((*ctx.ops).remote_ip4), ptr::addr_of!((*ctx.ops).remote_ip6).cast()) }
+}
+
+/// Reads an address of either family.
+///
+/// Volatile and unconditional, or the compiler joins the reads of both families into one through a computed pointer
+/// into the context, which the verifier refuses.
+///
+/// # Safety
+/// The pointers are to one and to four words of a context, which the kernel lets be read for sockets of any family.
+#[inline(always)]
+unsafe fn address(ip4: *const u32, ip6: *const u32) -> Address {
+    // SAFETY: the caller's promise.
     unsafe {
-        let ip6: *const u32 = ptr::addr_of!((*ctx.ops).remote_ip6).cast();
         let word = |index| ip6.add(index).read_volatile();
-        Address {
-            ip4: ptr::addr_of!((*ctx.ops).remote_ip4).read_volatile(),
-            ip6: [word(0), word(1), word(2), word(3)],
-        }
+        Address { ip4: ip4.read_volatile(), ip6: [word(0), word(1), word(2), word(3)] }
     }
 }

@@ -48,7 +48,7 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
 #[inline(always)]
 fn wanted(ctx: &SkLookupContext) -> Option<*mut Steered> {
     // SAFETY: the kernel passed the context in and allows these reads for packets of any family. Volatile and
-    // unconditional, see `observe::local_address`.
+    // unconditional, see `observe::address`.
     let (protocol, family, port, remote, ip4, ip6) = unsafe {
         let ip6: *const u32 = ptr::addr_of!((*ctx.lookup).local_ip6).cast();
         let remote: *const u32 = ptr::addr_of!((*ctx.lookup).remote_ip6).cast();

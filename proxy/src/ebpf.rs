@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd as _;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
@@ -24,8 +25,6 @@ mod pins;
 
 pub use facts::{Answer, Availability, Fact, availability};
 pub use pins::pin_name;
-
-use socket2::{Domain, Socket, Type};
 
 use crate::sys::{self, Readable};
 use pins::Pins;
@@ -81,8 +80,8 @@ impl Object {
         let mut pins = Pins::claim(name).map_err(|error| format!("{error:#}"));
         let loader = if pins.is_ok() { &PINNING_LOADER } else { &LOADER };
         let mut loader = loader.lock().unwrap_or_else(PoisonError::into_inner);
-        // The loader keeps a reference for ever; a process loads one object.
-        let netns_cookie: &'static u64 = Box::leak(Box::new(own_netns_cookie()?));
+        // The loader keeps a reference for ever; a process loads one object. Zero, before Linux 5.14, is no socket's.
+        let netns_cookie: &'static u64 = Box::leak(Box::new(sys::own_netns_cookie().unwrap_or(0)));
         loader.override_global(abi::global::NETNS_COOKIE, netns_cookie, true);
         loader.override_global(abi::global::LOG_LEVEL, level, true).map_max_entries(abi::map::LOG, log_bytes);
         for (map, path) in pins.iter().flat_map(Pins::kept) {
@@ -232,10 +231,18 @@ impl Log {
     }
 }
 
-/// The cookie of the network namespace that this thread is in; zero before Linux 5.14, where no socket has that one.
-fn own_netns_cookie() -> io::Result<u64> {
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    Ok(sys::netns_cookie(socket.as_fd()).unwrap_or(0))
+/// An address as the programs have it, in the words of the standard library. `None`: not one that they write.
+pub(crate) fn socket_address(endpoint: &abi::Endpoint) -> Option<SocketAddr> {
+    let [first, ..] = endpoint.address;
+    let ip = match endpoint.family {
+        abi::FAMILY_V4 => IpAddr::V4(Ipv4Addr::from(first.to_ne_bytes())),
+        abi::FAMILY_V6 => {
+            let words = endpoint.address.map(u32::from_be).into_iter();
+            IpAddr::V6(Ipv6Addr::from_bits(words.fold(0, |bits, word| bits << 32 | u128::from(word))))
+        }
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip, u16::try_from(endpoint.port).ok()?))
 }
 
 /// The level of [`abi::global::LOG_LEVEL`] that the current subscribers want. Lines above it cost nothing: the verifier

@@ -239,7 +239,7 @@ impl EventLoop {
         let now = clock::now();
         // The end of the last flow is always news; at the limit the end of any that makes room.
         let held = self.lifecycle.held();
-        let at_limit = held + self.totals().flows_open >= self.connections_max;
+        let at_limit = held + self.accounting.totals().flows_open >= self.connections_max;
         self.accounting.wake_at(if at_limit { self.connections_max.saturating_sub(held + 1) } else { 0 });
         let totals = self.totals();
         // An exit that waits for the seal is due already, and asking again before helps nobody.
@@ -540,7 +540,7 @@ impl EventLoop {
 
     /// All counters, of flows through the proxy and of those that were handed off.
     fn totals(&self) -> Totals {
-        self.accounting.totals().with_handed_off(&self.kernel.service())
+        totals(&self.accounting, &self.kernel)
     }
 
     /// The counters are to be looked at.
@@ -610,10 +610,12 @@ impl EventLoop {
     }
 
     fn tell_status(&mut self) {
-        let (now, totals) = (clock::now(), self.totals());
+        let now = clock::now();
         let state = self.lifecycle.state();
-        self.status_due =
-            self.notifier.status(state, now, || status_line(&self.lifecycle, &self.name, &totals, now));
+        self.status_due = self.notifier.status(state, now, || {
+            let totals = totals(&self.accounting, &self.kernel);
+            status_line(&self.lifecycle, &self.name, &totals, now)
+        });
     }
 
     fn answer_status(&mut self, peer: UnixStream) -> Vec<Event> {
@@ -694,6 +696,10 @@ impl EventLoop {
             self.sealed_until = None;
         }
     }
+}
+
+fn totals(accounting: &Accounting, kernel: &Kernel) -> Totals {
+    accounting.totals().with_handed_off(&kernel.service())
 }
 
 async fn driver(run: &RunArgs, open_files: Rlimit) -> anyhow::Result<Option<Box<dyn Driver>>> {

@@ -17,7 +17,7 @@ use tracing::{debug, info, warn};
 use crate::address::Address;
 use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, RunArgs, Switch};
-use crate::ebpf::Object;
+use crate::ebpf::{self, Object};
 use crate::listener::Listeners;
 use crate::plane::choose::{self, ListenerFacts};
 use crate::plane::handoff::{self, Handoff, Inspect, Miss};
@@ -256,18 +256,12 @@ impl Kernel {
         }
         if self.search == Search::Due {
             self.search = Search::Done(clock::now());
-            match handoff.steer(&mut loaded.object) {
-                Ok(()) => {
-                    self.trouble = None;
-                    self.tell_found();
-                }
-                // It may pass: the next client that is proxied is a reason to try again.
-                Err(error) => {
-                    handoff.stop_steering();
-                    self.trouble = Some(format!("{error:#}"));
-                    self.tell_found();
-                }
+            // Trouble may pass: the next client that is proxied is a reason to try again.
+            self.trouble = handoff.steer(&mut loaded.object).err().map(|error| format!("{error:#}"));
+            if self.trouble.is_some() {
+                handoff.stop_steering();
             }
+            self.tell_found();
         }
     }
 
@@ -322,11 +316,12 @@ impl Kernel {
     /// After the hand-off ended and the proxy's flows, too: whether somebody is half-way to the backend, in a handshake or
     /// in its accept queue; or, if `open_counts`, connected to it, counted or not. This is the net below the counters.
     pub fn last_look(&self, open_counts: bool) -> impl Future<Output = bool> + use<> {
-        let backend: Vec<_> = match &self.stage {
-            Stage::Loaded(loaded) => loaded.handoff.iter().flat_map(Handoff::found).map(as_address).collect(),
-            Stage::Unused | Stage::Loading { .. } | Stage::Refused => Vec::new(),
+        let found = match &self.stage {
+            Stage::Loaded(loaded) => loaded.handoff.as_ref().map_or(&[][..], Handoff::found),
+            Stage::Unused | Stage::Loading { .. } | Stage::Refused => &[],
         };
-        let public: Vec<_> = self.endpoints().iter().map(|end| as_address(&(*end, ()))).collect();
+        let backend: Vec<_> = found.iter().filter_map(|(at, _)| ebpf::socket_address(at)).collect();
+        let public: Vec<_> = self.endpoints().iter().filter_map(ebpf::socket_address).collect();
         async move {
             if public.is_empty() {
                 return false;
@@ -490,19 +485,5 @@ impl Loaded {
                 .map_err(|error| format!("{error:#}"))
         });
         Ok(Self { handoff, hook, object })
-    }
-}
-
-fn as_address<T>((end, _): &(Endpoint, T)) -> SocketAddr {
-    let port = u16::try_from(end.port).unwrap_or(0);
-    let [a, b, c, d] = end.address;
-    if end.family == FAMILY_V4 {
-        SocketAddr::from((a.to_ne_bytes(), port))
-    } else {
-        let bits = [a, b, c, d]
-            .map(u32::from_be)
-            .into_iter()
-            .fold(0_u128, |bits, word| bits << 32 | u128::from(word));
-        SocketAddr::from((bits.to_be_bytes(), port))
     }
 }

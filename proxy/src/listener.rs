@@ -81,8 +81,7 @@ impl Listeners {
     /// # Errors
     /// A socket cannot be asked.
     pub fn facts(&self) -> io::Result<Vec<ListenerFacts>> {
-        let own = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-        let here = sys::netns_cookie(own.as_fd()).ok();
+        let here = sys::own_netns_cookie().ok();
         self.all.iter().map(|listener| listener.facts(here)).collect()
     }
 
@@ -91,8 +90,8 @@ impl Listeners {
     /// # Errors
     /// Out of descriptors.
     pub fn tcp_sockets(&self) -> io::Result<Vec<OwnedFd>> {
-        let is_tcp = |listener: &&Listener| listener.is_tcp();
-        self.all.iter().filter(is_tcp).map(|listener| listener.socket.as_fd().try_clone_to_owned()).collect()
+        let tcp = self.all.iter().filter(|listener| listener.is_tcp());
+        tcp.map(|listener| listener.socket.as_fd().try_clone_to_owned()).collect()
     }
 
     /// Whether one of the listeners is at `address`: a proxy that connects to itself never ends.

@@ -3,13 +3,13 @@
 
 use std::ffi::c_int;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 use rustix::ioctl::{Getter, Opcode, ioctl};
 use rustix::process::{Resource, Rlimit, Signal};
-use socket2::Socket;
+use socket2::{Domain, Socket, Type};
 use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard, AsyncFdRegisterError};
 
@@ -120,6 +120,14 @@ pub fn send_queue_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
     // SAFETY: a getter touches no memory but its own output, and `socket` is open for as long as it is borrowed.
     let bytes = unsafe { ioctl(socket, request) }?;
     Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
+/// The cookie of the network namespace that this thread is in.
+///
+/// # Errors
+/// Out of descriptors, or the kernel is older than Linux 5.14.
+pub fn own_netns_cookie() -> io::Result<u64> {
+    netns_cookie(Socket::new(Domain::UNIX, Type::STREAM, None)?.as_fd())
 }
 
 /// The cookie of the network namespace that `socket` belongs to, socket(7) `SO_NETNS_COOKIE` (Linux 5.14).

@@ -6,7 +6,7 @@
 //! created by PID 1, outside of the backend's own cgroup: so the hook is attached to the root and filters by port. The
 //! attachment is a `bpf_link` that is not pinned: it ends with the process, however that dies.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 use std::time::Duration;
 use std::{fmt, io};
@@ -135,18 +135,9 @@ impl Events {
 
 /// The event in the words of user space. `None`: not one that the program writes.
 fn from_abi(event: abi::ListenEvent) -> Option<Listen> {
-    let [first, ..] = event.address;
-    let ip = match event.family {
-        abi::FAMILY_V4 => IpAddr::V4(Ipv4Addr::from(first.to_ne_bytes())),
-        abi::FAMILY_V6 => {
-            let [a, b, c, d] = event.address.map(u32::from_be);
-            let bits = [a, b, c, d].into_iter().fold(0_u128, |bits, word| bits << 32 | u128::from(word));
-            IpAddr::V6(Ipv6Addr::from_bits(bits))
-        }
-        _ => return None,
-    };
+    let abi::ListenEvent { address, port, family, .. } = event;
     Some(Listen {
-        address: SocketAddr::new(ip, u16::try_from(event.port).ok()?),
+        address: ebpf::socket_address(&abi::Endpoint { address, port, family })?,
         netns_cookie: event.netns_cookie,
         time: Duration::from_nanos(event.time_ns),
     })
