@@ -154,6 +154,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", env = "DROWSE_RUNTIME_DIR")]
     pub runtime_dir: Option<PathBuf>,
 
+    /// The directory of a BPF file system where eBPF maps are pinned, for bpftool and for the next drowse
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/drowse", env = "DROWSE_PIN_DIR")]
+    pub pin_dir: PathBuf,
+
     /// How much to log
     #[arg(long, value_enum, default_value = "info", env = "DROWSE_LOG_LEVEL")]
     pub log_level: LogLevel,

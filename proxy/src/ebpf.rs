@@ -8,6 +8,7 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd as _;
+use std::path::Path;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use anyhow::{Context as _, anyhow, bail};
@@ -23,7 +24,7 @@ use tracing_log::LogTracer;
 pub mod facts;
 mod pins;
 
-pub use facts::{Answer, Availability, Fact, availability};
+pub use facts::{Answer, Availability, Fact, availability, kernel_version};
 pub use pins::pin_name;
 
 use crate::sys::{self, Readable};
@@ -64,20 +65,19 @@ pub struct Object {
 }
 
 impl Object {
-    /// Loads the embedded object and pins its maps under `/sys/fs/bpf/drowse/NAME/`, where NAME is
-    /// [`pin_name`]`(name)`. Maps that cannot be pinned are no error, see [`Object::unpinned`]. The counters of flows
+    /// Loads the embedded object and pins its maps in the directory [`pin_name`]`(name)` of `pin_dir`. Maps that cannot be pinned are no error, see [`Object::unpinned`]. The counters of flows
     /// that a drowse of the same name left behind are taken over.
     ///
     /// # Errors
     /// The object is not built in, a capability is missing, or the kernel refuses.
-    pub fn load(name: &str) -> anyhow::Result<Self> {
+    pub fn load(pin_dir: &Path, name: &str) -> anyhow::Result<Self> {
         let availability = availability();
         if let Some(reason) = availability.obstacle() {
             bail!("{reason}");
         }
         let level = log_level();
         let log_bytes = if *level == 0 { LOG_BYTES_MIN } else { LOG_BYTES };
-        let mut pins = Pins::claim(name).map_err(|error| format!("{error:#}"));
+        let mut pins = Pins::claim(pin_dir, name).map_err(|error| format!("{error:#}"));
         let loader = if pins.is_ok() { &PINNING_LOADER } else { &LOADER };
         let mut loader = loader.lock().unwrap_or_else(PoisonError::into_inner);
         // The loader keeps a reference for ever; a process loads one object. Zero, before Linux 5.14, is no socket's.

@@ -35,6 +35,7 @@ use crate::pairing::{self, Gate, Outcome};
 use crate::plane::Plane;
 use crate::plane::forward::{Forward, Mode};
 use crate::plane::handoff::Inspect;
+use crate::privileges::{self, Loader};
 use crate::readiness::{self, Hints};
 use crate::report::control::{self, Control};
 use crate::report::notify::{self, Notifier};
@@ -128,6 +129,7 @@ pub async fn run(
     connections_max: u64,
     open_files: Rlimit,
 ) -> anyhow::Result<()> {
+    let loader = Loader::start(privileges::needed(&run, passed.is_empty()));
     let listeners = Listeners::open(passed, &run.listen).await?;
     // A name is not looked up here: that may take seconds, and what it means may change.
     let backend = if run.backend.is_name() { Vec::new() } else { run.backend.resolve().await? };
@@ -137,7 +139,7 @@ pub async fn run(
             address::display(own)
         );
     }
-    let mut service = EventLoop::prepare(run, listeners, connections_max, open_files).await?;
+    let mut service = EventLoop::prepare(run, listeners, loader, connections_max, open_files).await?;
     service.serve().await;
     Ok(())
 }
@@ -146,6 +148,7 @@ impl EventLoop {
     async fn prepare(
         run: RunArgs,
         listeners: Listeners,
+        loader: Loader,
         connections_max: u64,
         open_files: Rlimit,
     ) -> anyhow::Result<Self> {
@@ -170,7 +173,7 @@ impl EventLoop {
         });
         let facts = listeners.facts().context("look at the listeners")?;
         let service = Self {
-            kernel: Kernel::new(&run, &facts, run.rules().ownership != Ownership::Own),
+            kernel: Kernel::new(&run, &facts, run.rules().ownership != Ownership::Own, loader),
             name,
             connections_max,
             lifecycle: Lifecycle::new(run.rules(), backend, clock::now()),

@@ -6,6 +6,7 @@
 use std::future::Future;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use crate::ebpf::{self, Object};
 use crate::listener::Listeners;
 use crate::plane::choose::{self, ListenerFacts};
 use crate::plane::handoff::{self, Handoff, Inspect, Miss};
+use crate::privileges::Loader;
 use crate::readiness::listen_hook::ListenHook;
 use crate::report::snapshot::{HandoffState, HandoffView, ListenerView};
 use crate::sockets;
@@ -101,6 +103,7 @@ enum Stage {
 /// See the module.
 pub struct Kernel {
     name: String,
+    pin_dir: PathBuf,
     backend: Address,
     /// Flows that are open when we exit go on without us.
     flows_outlive_us: bool,
@@ -109,6 +112,8 @@ pub struct Kernel {
     /// What the options, or the kernel, have against a hand-off.
     obstacle: Option<String>,
     backend_says: BackendSays,
+    /// Until it is used, or nothing, where there is nothing to load.
+    loader: Option<Loader>,
     stage: Stage,
     /// New connections are to be handed off, if possible.
     wanted: bool,
@@ -124,7 +129,7 @@ pub struct Kernel {
 impl Kernel {
     /// Nothing is loaded yet. `flows_outlive_us`: the backend goes on when drowse exits.
     #[must_use]
-    pub fn new(run: &RunArgs, listeners: &[ListenerFacts], flows_outlive_us: bool) -> Self {
+    pub fn new(run: &RunArgs, listeners: &[ListenerFacts], flows_outlive_us: bool, loader: Loader) -> Self {
         let public: Vec<Public> = listeners
             .iter()
             .map(|listener| Public { name: listener.name.clone(), endpoints: choose::endpoints(listener) })
@@ -135,13 +140,15 @@ impl Kernel {
         };
         Self {
             name: run.service_name(),
+            pin_dir: run.pin_dir.clone(),
             backend: run.backend.clone(),
             flows_outlive_us,
             warns: run.plane == PlaneChoice::Handoff,
             obstacle: choose::obstacle(run).or_else(none_fits),
             public,
             backend_says: BackendSays::NotAsked,
-            stage: if run.ebpf == Switch::Off { Stage::Refused } else { Stage::Unused },
+            stage: Stage::Unused,
+            loader: Some(loader).filter(|_| run.ebpf == Switch::Auto && run.backend.port().is_some()),
             wanted: false,
             search: Search::Due,
             trouble: None,
@@ -154,10 +161,8 @@ impl Kernel {
     /// backend runs already.
     pub fn load(&mut self, takes_over: bool, listeners: Option<&Listeners>) {
         let Some(port) = self.backend.port() else { return };
-        if !matches!(self.stage, Stage::Unused) {
-            return;
-        }
-        let name = self.name.clone();
+        let Some(loader) = self.loader.take() else { return };
+        let (name, pin_dir) = (self.name.clone(), self.pin_dir.clone());
         let public = self.endpoints();
         let sockets = listeners.map_or_else(|| Ok(Vec::new()), Listeners::tcp_sockets);
         let (backend, keep) = (self.backend.clone(), self.flows_outlive_us);
@@ -175,9 +180,9 @@ impl Kernel {
                     || Ok(Wanted { public, backend, listeners: sockets.map_err(|error| error.to_string())? }),
                     Err,
                 );
-                Loaded::new(&name, port, wanted, keep)
+                Loaded::new(&pin_dir, &name, port, wanted, keep)
             };
-            tokio::task::spawn_blocking(load).await.context("load the eBPF object")?
+            loader.run(load).await?
         });
         self.stage = Stage::Loading { loading, takes_over };
     }
@@ -471,8 +476,14 @@ impl Kernel {
 impl Loaded {
     /// Loads the object and attaches the listen hook for `port`. `wanted`: what the hand-off needs to know, or why there
     /// will be none.
-    fn new(name: &str, port: u16, wanted: Result<Wanted, String>, keep_flows: bool) -> anyhow::Result<Self> {
-        let mut object = Object::load(name)?;
+    fn new(
+        pin_dir: &Path,
+        name: &str,
+        port: u16,
+        wanted: Result<Wanted, String>,
+        keep_flows: bool,
+    ) -> anyhow::Result<Self> {
+        let mut object = Object::load(pin_dir, name)?;
         object.keep_flows(keep_flows);
         // Before anything is counted.
         let wanted = wanted.and_then(|wanted| {

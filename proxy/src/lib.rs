@@ -18,6 +18,7 @@ pub mod lifecycle;
 pub mod listener;
 pub mod pairing;
 pub mod plane;
+pub mod privileges;
 pub mod readiness;
 pub mod report;
 pub mod sockets;

@@ -54,6 +54,13 @@ pub fn with_drowse_on(
     for unit in ["drowse@.socket", "drowse@.service"] {
         installation.systemd.install(units.join(unit), &format!("/usr/lib/systemd/system/{unit}"))?;
     }
+    for (shipped, place) in [
+        ("sysusers.d/drowse.conf", "/usr/lib/sysusers.d/drowse.conf"),
+        ("polkit-1/rules.d/50-drowse.rules", "/usr/share/polkit-1/rules.d/50-drowse.rules"),
+    ] {
+        installation.systemd.install(units.join(shipped), place)?;
+    }
+    installation.systemd.call(["systemd-sysusers"])?;
     test(&installation).map_err(|error| {
         let journal = installation.systemd.whole_journal().unwrap_or_else(|error| format!("{error:#}"));
         error.context(format!("the journal:\n{journal}")).context("a test under systemd failed")

@@ -16,7 +16,7 @@ const ECHO: &str = env!("CARGO_BIN_EXE_echo-backend");
 fn the_sandbox_stays_tight() -> Result<()> {
     with_drowse(ECHO, |installation| {
         installation.echo("", "")?;
-        let analyze = ["systemd-analyze", "--no-pager", "security", "--threshold=20", "drowse@echo.service"];
+        let analyze = ["systemd-analyze", "--no-pager", "security", "--threshold=15", "drowse@echo.service"];
         let output = installation.systemd.run(analyze)?;
         let report = String::from_utf8_lossy(&output.stdout);
         let figure = report.lines().last().unwrap_or_default();

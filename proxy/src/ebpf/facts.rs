@@ -81,6 +81,13 @@ pub fn availability() -> Availability {
     }
 }
 
+/// Major and minor number of a kernel's release, as uname(2) has it. `None`: it begins with no such numbers.
+#[must_use]
+pub fn kernel_version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
 fn fact(subject: &'static str, answer: Answer, reason: impl Into<String>) -> Fact {
     Fact { subject, answer, reason: reason.into() }
 }
@@ -135,8 +142,9 @@ fn in_user_namespace() -> bool {
 }
 
 /// Whether a BPF file system is mounted at `path`.
-pub(super) fn bpffs(path: &Path) -> Fact {
+pub(super) fn bpffs(directory: &Path) -> Fact {
     let subject = "bpffs";
+    let path = directory.parent().filter(|_| !directory.exists()).unwrap_or(directory);
     let path_shown = path.display();
     match statfs(path) {
         Ok(found) if is_magic(found.f_type, BPFFS_MAGIC) => {

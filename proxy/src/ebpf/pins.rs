@@ -1,4 +1,4 @@
-//! Pins: maps under `/sys/fs/bpf/drowse/NAME/`, for `bpftool map dump pinned`.
+//! Pins: maps in a directory `NAME` of the BPF file system, for `bpftool map dump pinned`.
 //!
 //! Owns: that directory, and the lock on it; the pins by which the next drowse takes over the counters of flows that
 //! outlive this one. Must never: pin a program or a link (they would go on working after us), or touch the pins of a
@@ -17,7 +17,7 @@ use aya::maps::MapInfo;
 use drowse_ebpf::{FLOWS_MAX, Flow, Mark, Service, map};
 use rustix::fs::{FlockOperation, flock};
 
-use super::facts::{self, Answer, BPFFS};
+use super::facts::{self, Answer};
 
 /// Longest name of a file, `NAME_MAX`.
 const NAME_BYTES_MAX: usize = 255;
@@ -51,17 +51,17 @@ pub(super) struct Pins {
 }
 
 impl Pins {
-    /// Makes the directory of `name` ours. Pins that a killed drowse of the same name left behind are removed, but for
+    /// Makes the directory of `name` below `place` ours. Pins that a killed drowse of the same name left behind are removed, but for
     /// those that are taken over and have the shape that they have today.
     ///
     /// # Errors
     /// There is no BPF file system, it may not be written to, or a running drowse has pins of this name.
-    pub(super) fn claim(name: &str) -> anyhow::Result<Self> {
-        let bpffs = facts::bpffs(Path::new(BPFFS));
+    pub(super) fn claim(place: &Path, name: &str) -> anyhow::Result<Self> {
+        let bpffs = facts::bpffs(place);
         if bpffs.answer == Answer::No {
             bail!("{}", bpffs.reason);
         }
-        let directory = Path::new(BPFFS).join("drowse").join(pin_name(name)?);
+        let directory = place.join(pin_name(name)?);
         let lock = lock(&directory)?;
         let pins = Self { directory, keep: false, _lock: lock };
         pins.remove(&map::SHOWN).context("remove the pins of a drowse that was killed")?;

@@ -11,7 +11,7 @@ use rustix::pipe::{SpliceFlags, pipe, splice};
 use serde::Serialize;
 
 use crate::config::LookArgs;
-use crate::ebpf::{Answer, Availability, Fact, availability};
+use crate::ebpf::{Answer, Availability, Fact, availability, kernel_version};
 use crate::report::control::{self, Service};
 use crate::report::text::table;
 use crate::report::{Said, status};
@@ -73,16 +73,13 @@ pub fn handoff_facts() -> Vec<Fact> {
 
 fn kernel(release: &str) -> Fact {
     let (major, minor) = HANDOFF_KERNEL;
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
-    let (answer, reason) = match (numbers.next(), numbers.next()) {
-        (Some(Ok(found)), Some(Ok(found_minor))) if (found, found_minor) >= HANDOFF_KERNEL => {
-            (Answer::Yes, format!("Linux {release}"))
-        }
-        (Some(Ok(_)), Some(Ok(_))) => (
+    let (answer, reason) = match kernel_version(release) {
+        Some(version) if version >= HANDOFF_KERNEL => (Answer::Yes, format!("Linux {release}")),
+        Some(_) => (
             Answer::No,
             format!("Linux {release}: hand-off needs {major}.{minor} or later; boot a newer kernel"),
         ),
-        _ => (Answer::Unknown, format!("the release '{release}' is no version")),
+        None => (Answer::Unknown, format!("the release '{release}' is no version")),
     };
     Fact { subject: "kernel", answer, reason }
 }

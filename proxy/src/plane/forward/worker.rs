@@ -96,31 +96,41 @@ impl<'a> Table<'a> {
     fn serve(&mut self) -> anyhow::Result<()> {
         let mut events = Vec::with_capacity(EVENTS_MAX);
         // Commands that came before a panic are not announced again.
-        let mut woken = true;
-        loop {
-            if woken && !self.obey() {
-                return Ok(());
-            }
-            woken = false;
-            match epoll::wait(&self.worker.epoll, spare_capacity(&mut events), self.timeout().as_ref()) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno).context("wait for events"),
-            }
-            self.tools.now = clock::now();
-            let queue = std::mem::take(&mut self.queue);
-            for event in events.drain(..) {
-                let (data, flags) = (event.data, event.flags);
-                woken |= data.u64() == WAKE;
-                self.event(data.u64(), flags);
-            }
-            for id in queue {
-                if let Some(flow) = self.flows.get_mut(&id) {
-                    flow.queued = false;
-                }
-                self.turn(id);
-            }
-            self.tick();
+        let mut goes_on = self.obey();
+        while goes_on {
+            goes_on = self.round(&mut events)?;
         }
+        Ok(())
+    }
+
+    /// Waits once and deals with what happened. Returns whether to go on.
+    fn round(&mut self, events: &mut Vec<epoll::Event>) -> anyhow::Result<bool> {
+        match epoll::wait(&self.worker.epoll, spare_capacity(events), self.timeout().as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno).context("wait for events"),
+        }
+        // Commands first: flows are to be reset before the backend is stopped, and its end is no end of theirs.
+        let is_wake = |event: &epoll::Event| {
+            let data = event.data;
+            data.u64() == WAKE
+        };
+        if events.iter().any(is_wake) && !self.obey() {
+            return Ok(false);
+        }
+        self.tools.now = clock::now();
+        let queue = std::mem::take(&mut self.queue);
+        for event in events.drain(..) {
+            let (data, flags) = (event.data, event.flags);
+            self.event(data.u64(), flags);
+        }
+        for id in queue {
+            if let Some(flow) = self.flows.get_mut(&id) {
+                flow.queued = false;
+            }
+            self.turn(id);
+        }
+        self.tick();
+        Ok(true)
     }
 
     fn timeout(&self) -> Option<Timespec> {
@@ -227,5 +237,53 @@ impl<'a> Table<'a> {
             epoll::add(&self.worker.epoll, &flow.end(side).socket, EventData::new_u64(id << 1 | bit), flags)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read as _};
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::mpsc;
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::super::flow::Ticket;
+    use super::*;
+    use crate::accounting::Accounting;
+    use crate::plane::Flow;
+
+    fn tcp_pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (near, listener.accept().unwrap().0)
+    }
+
+    #[test]
+    fn a_reset_that_was_asked_for_comes_before_the_backends_end() {
+        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap());
+        let (commands, receiver) = mpsc::channel();
+        let worker = Worker::new(&wake, receiver, Mode::Copy).unwrap();
+        let mut table = Table::new(&worker);
+        let mut events = Vec::with_capacity(EVENTS_MAX);
+        let (mut client, accepted) = tcp_pair();
+        let (connected, backend) = tcp_pair();
+        for socket in [&accepted, &connected] {
+            socket.set_nonblocking(true).unwrap();
+        }
+        let flow = Flow { client: accepted.into(), backend: connected.into() };
+        let ticket = Ticket::new(Accounting::new(1), 0, Arc::default());
+        table.adopt(LiveFlow::new(flow, ticket));
+        assert!(table.round(&mut events).unwrap());
+
+        // The event loop asks for the reset, then has the backend stopped; the worker sees both at once.
+        drop(backend);
+        commands.send(Command::ResetAll).unwrap();
+        rustix::io::write(&wake, &1_u64.to_ne_bytes()).unwrap();
+        while !table.flows.is_empty() {
+            assert!(table.round(&mut events).unwrap());
+        }
+        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        assert_eq!(client.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
     }
 }
