@@ -251,7 +251,8 @@ mod tests {
         let found = bpffs(Path::new("/proc"));
         assert_eq!(found.answer, Answer::No);
         assert!(found.reason.contains("mount -t bpf"), "{}", found.reason);
-        assert_eq!(bpffs(Path::new("/nowhere")).answer, Answer::Unknown);
+        assert_eq!(bpffs(Path::new("/proc/not-made-yet")).answer, Answer::No);
+        assert_eq!(bpffs(Path::new("/nowhere/at-all")).answer, Answer::Unknown);
     }
 
     #[test]
