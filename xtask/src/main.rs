@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod build_ebpf;
 mod demo;
+mod dist;
 mod install;
 mod lint;
 mod process;
@@ -34,6 +35,8 @@ enum Task {
     Bench(bench::BenchArgs),
     /// Build the eBPF object, which the next `cargo build` of drowse embeds
     BuildEbpf,
+    /// Build the Debian package and the tarball in target/dist
+    Dist,
     /// Install what building and testing need, as far as it is missing (Debian packages: as root)
     Install,
 }
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Task::Lint => lint::run(),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::BuildEbpf => build_ebpf::run(),
+        Task::Dist => dist::run(),
         Task::Install => install::run(),
     };
     match done {

@@ -4,7 +4,7 @@
 
 use std::process::Command;
 
-use crate::{build_ebpf, install, lint, process, say};
+use crate::{dist, install, lint, process, say};
 
 /// Run all tests.
 #[derive(Debug, clap::Args)]
@@ -17,11 +17,11 @@ pub struct TestArgs {
 /// Rings that need no privileges.
 const UNPRIVILEGED: &str = "not (binary(/^ring2/) or binary(/^ring3/))";
 
-/// Installs what is missing, then runs lints, the eBPF build, rings 0 to 3 and a short benchmark.
+/// Installs what is missing, then runs lints, the packaging with its eBPF build, rings 0 to 3 and a short benchmark.
 pub fn run(args: &TestArgs) -> anyhow::Result<()> {
     install::run()?;
     lint::run()?;
-    build_ebpf::run()?;
+    dist::run()?;
     say("building drowse and the tests");
     process::run(Command::new("cargo").args(["build", "--quiet", "--workspace", "--bins"]))?;
     let is_root = rustix::process::geteuid().is_root();
