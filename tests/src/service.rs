@@ -61,7 +61,18 @@ pub fn with_drowse_on(
         installation.systemd.install(units.join(shipped), place)?;
     }
     installation.systemd.call(["systemd-sysusers"])?;
-    test(&installation).map_err(|error| {
+    with_journal(&installation, test)
+}
+
+/// Runs `test` and adds the journal to its error.
+///
+/// # Errors
+/// The test's.
+pub fn with_journal(
+    installation: &Installation,
+    test: impl FnOnce(&Installation) -> Result<()>,
+) -> Result<()> {
+    test(installation).map_err(|error| {
         let journal = installation.systemd.whole_journal().unwrap_or_else(|error| format!("{error:#}"));
         error.context(format!("the journal:\n{journal}")).context("a test under systemd failed")
     })

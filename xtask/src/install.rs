@@ -9,12 +9,13 @@ use crate::build_ebpf::DEBIAN_PACKAGES;
 use crate::{process, say};
 
 /// A Debian package, and a program or file of it that shows whether it is there.
-const PACKAGES: [(&str, &str); 10] = [
+const PACKAGES: [(&str, &str); 11] = [
     ("bpftool", "bpftool"),
     ("curl", "curl"),
     ("dbus", "dbus-daemon"),
     ("dbus-user-session", "/usr/lib/systemd/user/dbus.socket"),
     ("iproute2", "ip"),
+    ("man-db", "man"),
     ("python3", "/usr/bin/python3"),
     ("systemd", "systemctl"),
     ("util-linux", "setpriv"),
