@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 
 use crate::address::Address;
+use crate::admission;
 use crate::idle::IdlePolicy;
 use crate::lifecycle::{IdleAction, Ownership, Rules};
 use crate::plane::splice::PIPES_MAX;
@@ -98,6 +100,21 @@ pub struct RunArgs {
     /// files allows, at most 10000]
     #[arg(long, value_name = "N", env = "DROWSE_CONNECTIONS_MAX", value_parser = clap::value_parser!(u64).range(1..))]
     pub connections_max: Option<u64>,
+
+    /// Clients that may wait for the backend at a time; more wait in the listener's backlog [default: as many as
+    /// --connections-max lets in]
+    #[arg(long, value_name = "N", env = "DROWSE_HELD_MAX", value_parser = clap::value_parser!(u64).range(1..))]
+    pub held_max: Option<u64>,
+
+    /// Flows and held clients of one source (an IPv4 address, a /64 of IPv6) at a time; more are reset. Nothing is
+    /// handed off then [default: no limit]
+    #[arg(long, value_name = "N", env = "DROWSE_MAX_PER_SOURCE", value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_per_source: Option<u64>,
+
+    /// Only clients from here may wake the backend: a network or an address, more with commas or by giving it again.
+    /// Others are reset unless the backend is awake. Clients of unix sockets always may [default: everybody]
+    #[arg(long, value_name = "CIDR", env = "DROWSE_ALLOW", value_delimiter = ',', value_parser = admission::network)]
+    pub allow: Vec<IpNet>,
 
     /// Threads that move bytes [default: one per CPU, at most 4]
     #[arg(long, value_name = "N", env = "DROWSE_WORKERS", value_parser = clap::value_parser!(u16).range(1..=256))]
@@ -307,6 +324,9 @@ impl RunArgs {
         if self.ready_probe == ReadyProbe::Notify && self.unit.is_none() && self.command.is_empty() {
             return Err("--ready-probe notify needs --unit or a COMMAND that says READY=1".to_owned());
         }
+        if !self.allow.is_empty() && self.unit.is_none() && self.command.is_empty() {
+            return Err("--allow says who may wake the backend: it needs --unit or a COMMAND".to_owned());
+        }
         if self.unit.as_ref().is_some_and(|unit| !unit.contains('.')) {
             return Err(format!(
                 "--unit needs the unit's full name: {}.service",
@@ -412,6 +432,7 @@ mod tests {
             &["--ready-probe", "notify"],
             &["--unit", "dice"],
             &["--start-timeout", "0"],
+            &["--allow", "10.0.0.0/8"],
             &["--idle-policy", "traffic", "--idle-time", "0"],
         ] {
             let listens = usize::from(wrong[0] != "--listen");
@@ -421,6 +442,17 @@ mod tests {
         assert!(run(&["--listen", "127.0.0.1:8"]).unwrap().check(1).is_err());
         assert!(run(&["--ready-probe", "http:health"]).is_err());
         assert!(run(&["--unit", "dice.service", "--ready-probe", "notify"]).unwrap().check(1).is_ok());
+    }
+
+    #[test]
+    fn networks_are_given_with_commas_or_one_by_one() {
+        let line = ["--allow", "10.0.0.0/8, 192.0.2.1", "--allow", "2001:db8::/32", "--unit", "a.service"];
+        let allow: Vec<String> = run(&line).unwrap().allow.iter().map(ToString::to_string).collect();
+        assert_eq!(allow, ["10.0.0.0/8", "192.0.2.1/32", "2001:db8::/32"]);
+        assert!(run(&line).unwrap().check(1).is_ok());
+        for wrong in [&["--allow", ""][..], &["--allow", "10.0.0.0/33"], &["--max-per-source", "0"]] {
+            assert!(run(wrong).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

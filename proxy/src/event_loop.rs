@@ -24,13 +24,14 @@ use crate::activation::exec::ExecDriver;
 use crate::activation::systemd::{Bus, SystemdDriver};
 use crate::activation::{BackendState, Change, Driver, Failure};
 use crate::address;
+use crate::admission::{Admission, Refusals, Seat, Standing};
 use crate::busy;
 use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, ReadyProbe, RunArgs};
 use crate::idle::IdlePolicy;
 use crate::kernel::{self, Kernel};
 use crate::lifecycle::{Command, Event, Lifecycle, Ownership, State};
-use crate::listener::{Listeners, Passed, SEAL_TIME};
+use crate::listener::{Accepted, Listeners, Passed, SEAL_TIME};
 use crate::pairing::{self, Gate, Outcome};
 use crate::plane::Plane;
 use crate::plane::forward::{Forward, Mode};
@@ -45,7 +46,13 @@ use crate::report::status_line::status_line;
 /// What the service manager's own stop timeout may take beyond ours.
 const STOP_MARGIN: Duration = Duration::from_secs(15);
 
+/// How many of those who wait in a backlog are refused in one go: as many as one holds by default
+/// (`net.core.somaxconn`).
+const REFUSED_AT_ONCE_MAX: usize = 4096;
+
 type Task<T> = Option<Pin<Box<dyn Future<Output = T>>>>;
+/// The wait of a held client.
+type Held = Pin<Box<dyn Future<Output = (Standing, Outcome)>>>;
 
 /// One service: its listeners, its backend and everything in between.
 pub struct EventLoop {
@@ -59,7 +66,11 @@ pub struct EventLoop {
     listeners: Option<Listeners>,
     driver: Option<Box<dyn Driver>>,
     gate: Arc<Gate>,
-    clients: FuturesUnordered<Pin<Box<dyn Future<Output = Outcome>>>>,
+    /// The gate of those who may not wake the backend.
+    strangers_gate: Arc<Gate>,
+    clients: FuturesUnordered<Held>,
+    admission: Admission,
+    refusals: Refusals,
     hints: Arc<Hints>,
     /// The look at the backend's address before a start job.
     check: Task<Result<(), Failure>>,
@@ -99,8 +110,8 @@ struct Look {
 
 /// What the loop woke up for.
 enum Woken {
-    Accepted(std::io::Result<Socket>),
-    Client(Outcome),
+    Accepted(std::io::Result<Accepted>),
+    Client(Standing, Outcome),
     Checked(Result<(), Failure>),
     Started(Result<(), Failure>),
     Stopped(Result<(), Failure>),
@@ -184,7 +195,10 @@ impl EventLoop {
             listeners: Some(listeners),
             driver,
             gate: Arc::default(),
+            strangers_gate: Arc::default(),
             clients: FuturesUnordered::new(),
+            admission: Admission::new(run.allow.clone(), run.max_per_source),
+            refusals: Refusals::default(),
             hints: Arc::default(),
             check: None,
             start: None,
@@ -204,7 +218,7 @@ impl EventLoop {
             exit: false,
             run: Arc::new(run),
         };
-        service.gate.set_open(service.lifecycle.is_awake());
+        service.set_gates();
         Ok(service)
     }
 
@@ -231,6 +245,9 @@ impl EventLoop {
                 self.handle(event);
             }
             self.close_sealed();
+            if let Some(line) = self.refusals.tell(&self.name, clock::now()) {
+                info!("{line}");
+            }
             self.tell_status();
         }
         self.notifier.stopping();
@@ -248,8 +265,9 @@ impl EventLoop {
         // An exit that waits for the seal is due already, and asking again before helps nobody.
         let sealed = self.sealed_until.unwrap_or_default();
         let decision = self.lifecycle.deadline(&totals, now).map(|at| at.max(sealed));
-        let deadline = [decision, self.sealed_until, self.status_due].into_iter().flatten().min();
-        let has_room = held + totals.flows_open < self.connections_max;
+        let deadlines = [decision, self.sealed_until, self.status_due, self.refusals.due()];
+        let deadline = deadlines.into_iter().flatten().min();
+        let has_room = self.has_room(&totals);
         tokio::select! {
             biased;
             name = asked_to_stop(&mut self.terminate, &mut self.interrupt) => Woken::Terminated(name),
@@ -265,7 +283,9 @@ impl EventLoop {
             () = sleep_until(deadline, now) => Woken::Deadline,
             obstacle = finished(&mut self.ask) => Woken::Asked(obstacle),
             news = self.kernel.next() => Woken::Kernel(news),
-            Some(outcome) = self.clients.next(), if !self.clients.is_empty() => Woken::Client(outcome),
+            Some((standing, outcome)) = self.clients.next(), if !self.clients.is_empty() => {
+                Woken::Client(standing, outcome)
+            }
             () = self.accounting.few_open() => Woken::FewFlowsOpen,
             peer = self.control.asked() => Woken::StatusAsked(peer),
             client = accepted(self.listeners.as_mut()), if has_room => Woken::Accepted(client),
@@ -286,7 +306,7 @@ impl EventLoop {
                 }
                 vec![]
             }
-            Woken::Client(outcome) => self.settle_client(outcome),
+            Woken::Client(standing, outcome) => self.settle_client(standing, outcome),
             Woken::Checked(result) => {
                 self.check = None;
                 self.begin_start(result)
@@ -393,20 +413,27 @@ impl EventLoop {
         vec![found, Event::Forgive]
     }
 
-    fn settle_client(&mut self, outcome: Outcome) -> Vec<Event> {
+    fn settle_client(&mut self, standing: Standing, outcome: Outcome) -> Vec<Event> {
+        let is_stranger = standing == Standing::Stranger;
         match outcome {
             Outcome::Paired(flow) => {
                 let peer = getpeername(&flow.backend).ok().filter(|_| self.run.backend.is_name());
                 self.kernel.was_bypassed(peer.flatten().and_then(|peer| peer.try_into().ok()));
                 self.plane.open(flow);
-                vec![Event::ClientPaired]
+                vec![if is_stranger { Event::StrangerEnded } else { Event::ClientPaired }]
             }
-            Outcome::Refused(client, error) => {
+            Outcome::Refused(client, _, error) if is_stranger => {
+                debug!(%error, "the backend took no connection; the client may not wait for it");
+                pairing::reset(client);
+                vec![Event::StrangerEnded]
+            }
+            Outcome::Refused(client, seat, error) => {
                 debug!(%error, "the backend took no connection; the client is held");
                 self.gate.set_open(false);
-                self.hold(client);
+                self.hold(client, seat, standing);
                 vec![Event::ClientRefused]
             }
+            Outcome::Left if is_stranger => vec![Event::StrangerEnded],
             Outcome::Left => {
                 // A backend that takes one connection at a time must not wait for a client that went.
                 self.gate.offer_scout(None);
@@ -416,9 +443,25 @@ impl EventLoop {
         }
     }
 
-    fn hold(&mut self, client: Socket) {
-        let held = pairing::hold(client, Arc::clone(&self.gate), Arc::clone(&self.run));
-        self.clients.push(Box::pin(held));
+    fn hold(&mut self, client: Socket, seat: Seat, standing: Standing) {
+        let gate = match standing {
+            Standing::MayWake => &self.gate,
+            Standing::Stranger => &self.strangers_gate,
+        };
+        let held = pairing::hold(client, seat, Arc::clone(gate), Arc::clone(&self.run));
+        self.clients.push(Box::pin(async move { (standing, held.await) }));
+    }
+
+    fn set_gates(&self) {
+        for gate in [&self.gate, &self.strangers_gate] {
+            gate.set_open(self.lifecycle.is_awake());
+        }
+    }
+
+    /// Whether one more client may come in; else it waits in the backlog.
+    fn has_room(&self, totals: &Totals) -> bool {
+        let held = self.lifecycle.held();
+        held + totals.flows_open < self.connections_max && self.run.held_max.is_none_or(|max| held < max)
     }
 
     /// The end of the last look: the accept queues are looked at after the busy command has had its say.
@@ -426,10 +469,7 @@ impl EventLoop {
         self.history.looked(look.vetoed, clock::now());
         let is_known = self.inspect();
         let totals = self.totals();
-        let has_room = self.lifecycle.held() + totals.flows_open < self.connections_max;
-        let waiting = self.listeners.as_ref().filter(|_| has_room).and_then(Listeners::try_accept);
-        if let Some(client) = waiting {
-            self.take_in(client);
+        if self.has_room(&totals) && self.take_in_waiting() {
             return vec![];
         }
         vec![match look {
@@ -446,7 +486,7 @@ impl EventLoop {
         tracing::trace!(?event, ?before, held = self.lifecycle.held(), "event");
         let was_awake = self.lifecycle.is_awake();
         let commands = self.lifecycle.step(event, &totals, now);
-        self.gate.set_open(self.lifecycle.is_awake());
+        self.set_gates();
         if self.lifecycle.is_awake() && !was_awake {
             // Perhaps somebody else started it.
             self.kernel.load(true, self.listeners.as_ref());
@@ -471,6 +511,7 @@ impl EventLoop {
             Command::Probe => self.begin_probe(),
             Command::StopProbing => self.probe = None,
             Command::ResetHeld => self.gate.turn_away(),
+            Command::ResetStrangers => self.strangers_gate.turn_away(),
             Command::ResetFlows => self.plane.reset_all(),
             Command::BackendGone => self.plane.backend_gone(),
             Command::CloseSilent => self.plane.close_silent(self.run.idle_time),
@@ -637,6 +678,7 @@ impl EventLoop {
             lifecycle: &self.lifecycle,
             totals: &self.totals(),
             history: &self.history,
+            refused: self.refusals.total(),
             forward: self.plane.name(),
             handoff: &self.kernel.view(),
         };
@@ -669,9 +711,8 @@ impl EventLoop {
         if self.sealed_until.is_some_and(|until| clock::now() < until) {
             return;
         }
-        match listeners.try_accept() {
-            Some(client) => self.take_in(client),
-            None => self.exit = true,
+        if !self.take_in_waiting() {
+            self.exit = true;
         }
     }
 
@@ -683,18 +724,40 @@ impl EventLoop {
         }
     }
 
-    /// Holds a client that was just accepted.
-    fn take_in(&mut self, client: Socket) {
-        self.hold(client);
-        self.handle(Event::ClientAccepted);
+    /// Holds a client that was just accepted, or refuses it. Returns whether it is in.
+    fn take_in(&mut self, client: Accepted) -> bool {
+        let (seat, standing) = match self.admission.admit(client.from, self.lifecycle.is_awake()) {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                debug!(?refusal, from = ?client.from, "a client is refused");
+                self.refusals.add(refusal, client.from);
+                pairing::reset(client.socket);
+                return false;
+            }
+        };
+        self.hold(client.socket, seat, standing);
+        self.handle(match standing {
+            Standing::MayWake => Event::ClientAccepted,
+            Standing::Stranger => Event::StrangerAccepted,
+        });
+        true
+    }
+
+    /// Takes in a client that waits in a backlog right now, past those who are refused. Returns whether there was one.
+    fn take_in_waiting(&mut self) -> bool {
+        for _ in 0..REFUSED_AT_ONCE_MAX {
+            let Some(client) = self.listeners.as_ref().and_then(Listeners::try_accept) else { return false };
+            if self.take_in(client) {
+                return true;
+            }
+        }
+        false
     }
 
     /// Closes listeners of our own once nobody can be half in any more.
     fn close_sealed(&mut self) {
         if self.lifecycle.is_draining() && self.sealed_until.is_some_and(|until| clock::now() >= until) {
-            while let Some(client) = self.listeners.as_ref().and_then(Listeners::try_accept) {
-                self.take_in(client);
-            }
+            while self.take_in_waiting() {}
             self.listeners = None;
             self.sealed_until = None;
         }
@@ -751,7 +814,7 @@ async fn changed(driver: Option<&mut Box<dyn Driver>>) -> Change {
     }
 }
 
-async fn accepted(listeners: Option<&mut Listeners>) -> std::io::Result<Socket> {
+async fn accepted(listeners: Option<&mut Listeners>) -> std::io::Result<Accepted> {
     match listeners {
         Some(listeners) => listeners.accept().await,
         None => std::future::pending().await,

@@ -7,6 +7,7 @@
 pub mod accounting;
 pub mod activation;
 pub mod address;
+pub mod admission;
 pub mod busy;
 pub mod clock;
 pub mod config;

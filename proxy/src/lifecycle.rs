@@ -128,6 +128,10 @@ pub enum Event {
     ClientLeft,
     /// A held client was connected to the backend and is a flow now.
     ClientPaired,
+    /// A client was accepted that may use the backend while it is awake, but not wake it.
+    StrangerAccepted,
+    /// A stranger was connected to the backend, or could not be, or left.
+    StrangerEnded,
     /// The backend did not take the connection for a held client, which is held on.
     ClientRefused,
     /// The start job ended.
@@ -169,6 +173,8 @@ pub enum Command {
     StopProbing,
     /// Reset every held client.
     ResetHeld,
+    /// Reset every stranger that has no connection to the backend yet.
+    ResetStrangers,
     /// Reset every open flow.
     ResetFlows,
     /// End every open flow as soon as the client has what the backend sent.
@@ -191,8 +197,10 @@ pub struct Lifecycle {
     rules: Rules,
     state: State,
     since: Monotonic,
-    /// Clients that are accepted and not yet paired.
+    /// Clients that are accepted and not yet paired, but for strangers.
     held: u64,
+    /// Clients that are accepted and not yet paired, and may not wake the backend: there are some only while it is awake.
+    strangers: u64,
     /// A start job runs.
     starting: bool,
     /// Nothing before this moment counts as quiet.
@@ -225,6 +233,7 @@ impl Lifecycle {
             state,
             since: now,
             held: 0,
+            strangers: 0,
             starting: false,
             quiet_from: now,
             failures: 0,
@@ -250,7 +259,7 @@ impl Lifecycle {
     /// Clients that are accepted and not yet paired.
     #[must_use]
     pub fn held(&self) -> u64 {
-        self.held
+        self.held + self.strangers
     }
 
     /// Whether it was asked to exit.
@@ -277,7 +286,7 @@ impl Lifecycle {
     pub fn idle(&self, totals: &Totals, now: Monotonic) -> Option<Decision> {
         let sleeps = self.rules.ownership != Ownership::Foreign && self.rules.idle_action == IdleAction::Stop;
         (sleeps && self.state == State::Awake).then(|| {
-            let seen = Observed { held: self.held, totals: *totals, quiet_from: self.quiet_from };
+            let seen = Observed { held: self.held(), totals: *totals, quiet_from: self.quiet_from };
             idle::decide(self.rules.idle_policy, self.rules.idle_time, &seen, now)
         })
     }
@@ -330,6 +339,9 @@ impl Lifecycle {
             State::Stopping(stopping) => self.stopping(event, stopping, &mut todo, now),
             State::Failed { until, .. } => self.failed(&event, until, &mut todo, now),
         }
+        if !self.is_awake() {
+            self.reset_strangers(&mut todo);
+        }
         if self.idle(totals, now) == Some(Decision::Settle) && !self.starting && self.draining.is_none() {
             self.enter(State::Settling(Settling::Looking), now);
             todo.push(Command::LookAgain);
@@ -346,6 +358,8 @@ impl Lifecycle {
                 self.held = self.held.saturating_sub(1);
                 self.to_pair = self.to_pair.saturating_sub(1);
             }
+            Event::StrangerAccepted => self.strangers += 1,
+            Event::StrangerEnded => self.strangers = self.strangers.saturating_sub(1),
             Event::Started(_) => self.starting = false,
             Event::Forgive => self.failures = 0,
             Event::Tick => self.looked_at = now,
@@ -374,6 +388,8 @@ impl Lifecycle {
             Event::BackendGoingDown => self.wait_for_stop(now),
             Event::ClientLeft
             | Event::ClientPaired
+            | Event::StrangerAccepted
+            | Event::StrangerEnded
             | Event::Started(_)
             | Event::BackendReady
             | Event::Stopped(_)
@@ -431,6 +447,8 @@ impl Lifecycle {
             | Event::ClientAccepted
             | Event::ClientLeft
             | Event::ClientPaired
+            | Event::StrangerAccepted
+            | Event::StrangerEnded
             | Event::ClientRefused
             | Event::Stopped(_)
             | Event::BackendUp
@@ -459,6 +477,8 @@ impl Lifecycle {
             | Event::ClientAccepted
             | Event::ClientLeft
             | Event::ClientPaired
+            | Event::StrangerAccepted
+            | Event::StrangerEnded
             | Event::BackendReady
             | Event::Stopped(_)
             | Event::BackendUp
@@ -482,6 +502,7 @@ impl Lifecycle {
         match event {
             // Somebody uses it after all: back to awake, and nobody noticed.
             Event::ClientAccepted
+            | Event::StrangerAccepted
             | Event::ClientRefused
             | Event::BackendDown(_)
             | Event::BackendGoingDown => {
@@ -509,6 +530,7 @@ impl Lifecycle {
             },
             Event::ClientLeft
             | Event::ClientPaired
+            | Event::StrangerEnded
             | Event::Started(_)
             | Event::BackendReady
             | Event::Stopped(_)
@@ -564,6 +586,8 @@ impl Lifecycle {
             }
             Event::ClientLeft
             | Event::ClientPaired
+            | Event::StrangerAccepted
+            | Event::StrangerEnded
             | Event::Started(_)
             | Event::BackendReady
             | Event::Stopped(_)
@@ -578,7 +602,7 @@ impl Lifecycle {
 
     /// Whether the idle decision still stands after a look.
     fn is_quiet(&self, totals: &Totals, now: Monotonic) -> bool {
-        let seen = Observed { held: self.held, totals: *totals, quiet_from: self.quiet_from };
+        let seen = Observed { held: self.held(), totals: *totals, quiet_from: self.quiet_from };
         idle::decide(self.rules.idle_policy, self.rules.idle_time, &seen, now) == Decision::Settle
     }
 
@@ -654,6 +678,13 @@ impl Lifecycle {
         }
     }
 
+    fn reset_strangers(&mut self, todo: &mut Vec<Command>) {
+        if self.strangers > 0 {
+            todo.push(Command::ResetStrangers);
+            self.strangers = 0;
+        }
+    }
+
     fn back_off(&mut self, failure: Failure, now: Monotonic) {
         if self.is_awake() && now.saturating_sub(self.since) >= BACKOFF_MAX {
             self.failures = 0;
@@ -688,7 +719,7 @@ impl Lifecycle {
 
     /// When there is nothing left to do for us, and since when.
     fn exit_at(&self, totals: &Totals) -> Option<Monotonic> {
-        let nothing_to_do = self.held == 0
+        let nothing_to_do = self.held() == 0
             && totals.flows_open == 0
             && !self.starting
             && match self.state {
@@ -728,9 +759,10 @@ impl Lifecycle {
         if matches!(self.state, State::Failed { .. }) {
             self.reset_held(todo);
         }
-        let served = self.held == 0 && totals.flows_open == 0 && !self.cuts_handed_off(totals);
+        let served = self.held() == 0 && totals.flows_open == 0 && !self.cuts_handed_off(totals);
         if !served && now >= deadline {
             self.reset_held(todo);
+            self.reset_strangers(todo);
             todo.push(Command::ResetFlows);
         }
         if served || now >= deadline {

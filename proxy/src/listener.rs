@@ -5,6 +5,7 @@
 
 use std::future::Future;
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -29,6 +30,15 @@ const BACKLOG: i32 = i32::MAX;
 pub const SEAL_TIME: Duration = Duration::from_millis(250);
 /// What the name of a unix listener's file ends in while it is sealed.
 const SEALED: &str = "sealed";
+
+/// A client's connection, as accept(2) returns it.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The connection, non-blocking.
+    pub socket: Socket,
+    /// The client's address; `None`: it has none, as those of a unix socket.
+    pub from: Option<IpAddr>,
+}
 
 /// All listeners of one service.
 #[derive(Debug)]
@@ -109,17 +119,17 @@ impl Listeners {
         )
     }
 
-    /// The next client's connection, non-blocking. Cancel safe.
+    /// The next client's connection. Cancel safe.
     ///
     /// # Errors
     /// Accepting is not possible just now (no descriptors, no memory) and pauses; reported once per pause.
-    pub async fn accept(&mut self) -> io::Result<Socket> {
+    pub async fn accept(&mut self) -> io::Result<Accepted> {
         std::future::poll_fn(|context| self.poll_accept(context)).await
     }
 
     /// A client that waits in a backlog right now.
     #[must_use]
-    pub fn try_accept(&self) -> Option<Socket> {
+    pub fn try_accept(&self) -> Option<Accepted> {
         self.all.iter().find_map(|listener| listener.accept_now().ok())
     }
 
@@ -145,7 +155,7 @@ impl Listeners {
         ours.map(|listener| listener.set_sealed(sealed)).count() > 0
     }
 
-    fn poll_accept(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Socket>> {
+    fn poll_accept(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Accepted>> {
         if let Some(pause) = &mut self.pause {
             ready!(pause.as_mut().poll(context));
             self.pause = None;
@@ -256,7 +266,7 @@ impl Listener {
         }
     }
 
-    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<Socket>> {
+    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<Accepted>> {
         loop {
             let mut guard = ready!(self.socket.poll_read_ready(context))?;
             match guard.try_io(|_| self.accept_now()) {
@@ -268,9 +278,12 @@ impl Listener {
         }
     }
 
-    fn accept_now(&self) -> io::Result<Socket> {
+    fn accept_now(&self) -> io::Result<Accepted> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        Ok(Socket::from(rustix::net::accept_with(self.socket.get_ref(), flags)?))
+        // The address as accept(2) has it: a client that reset its connection has none any more.
+        let (socket, from) = rustix::net::acceptfrom_with(self.socket.get_ref(), flags)?;
+        let from = from.and_then(|address| SocketAddr::try_from(address).ok()).map(|address| address.ip());
+        Ok(Accepted { socket: socket.into(), from })
     }
 }
 

@@ -17,6 +17,7 @@ use tokio::io::Interest;
 use tokio::sync::watch;
 
 use crate::address::Address;
+use crate::admission::Seat;
 use crate::clock::{self, Monotonic};
 use crate::config::{ProxyProtocol, RunArgs};
 use crate::plane::Flow;
@@ -59,7 +60,7 @@ pub enum Outcome {
     /// It has its connection to the backend.
     Paired(Flow),
     /// The backend did not take the connection; the client is unharmed.
-    Refused(Socket, io::Error),
+    Refused(Socket, Seat, io::Error),
     /// The client reset its connection.
     Left,
     /// It was turned away with a reset.
@@ -90,7 +91,12 @@ impl Gate {
 }
 
 /// Holds `client` from this moment until the gate opens, then connects it to the backend.
-pub fn hold(client: Socket, gate: Arc<Gate>, run: Arc<RunArgs>) -> impl Future<Output = Outcome> + use<> {
+pub fn hold(
+    client: Socket,
+    seat: Seat,
+    gate: Arc<Gate>,
+    run: Arc<RunArgs>,
+) -> impl Future<Output = Outcome> + use<> {
     let mut opening = gate.opening.subscribe();
     // Taken now, not when the future is first polled: whoever is turned away meanwhile must hear of it.
     let epoch = opening.borrow().epoch;
@@ -101,7 +107,7 @@ pub fn hold(client: Socket, gate: Arc<Gate>, run: Arc<RunArgs>) -> impl Future<O
                 Err(error) => {
                     let (client, cause) = error.into_parts();
                     tokio::time::sleep(NO_EPOLL_PAUSE).await;
-                    return Outcome::Refused(client, cause);
+                    return Outcome::Refused(client, seat, cause);
                 }
             };
             tokio::select! {
@@ -109,14 +115,15 @@ pub fn hold(client: Socket, gate: Arc<Gate>, run: Arc<RunArgs>) -> impl Future<O
                 _ = opening.wait_for(|now| !now.waits(epoch)) => {}
                 _ = watched.ready(Interest::ERROR) => return Outcome::Left,
             }
-            return pair(watched.into_inner(), &gate, &opening, epoch, &run).await;
+            return pair(watched.into_inner(), seat, &gate, &opening, epoch, &run).await;
         }
-        pair(client, &gate, &opening, epoch, &run).await
+        pair(client, seat, &gate, &opening, epoch, &run).await
     }
 }
 
 async fn pair(
     client: Socket,
+    seat: Seat,
     gate: &Gate,
     opening: &watch::Receiver<Opening>,
     epoch: u64,
@@ -135,8 +142,8 @@ async fn pair(
         return Outcome::TurnedAway;
     }
     match connected.and_then(|socket| introduce(socket, Some(&client), run.proxy_protocol)) {
-        Ok(socket) => Outcome::Paired(Flow { client: client.into(), backend: socket.into() }),
-        Err(error) => Outcome::Refused(client, error),
+        Ok(socket) => Outcome::Paired(Flow { client: client.into(), backend: socket.into(), seat }),
+        Err(error) => Outcome::Refused(client, seat, error),
     }
 }
 

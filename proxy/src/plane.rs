@@ -6,6 +6,8 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use crate::admission::Seat;
+
 pub mod choose;
 pub mod copy;
 pub mod forward;
@@ -19,6 +21,8 @@ pub struct Flow {
     pub client: OwnedFd,
     /// The backend's side. At most a PROXY protocol header has been written to it.
     pub backend: OwnedFd,
+    /// The client's place among those of its source, until the flow ends.
+    pub seat: Seat,
 }
 
 /// A way to move the bytes of flows that the proxy accepted. The plane `handoff` is none: its flows never come here.

@@ -43,6 +43,12 @@ enum Step {
     Pairs,
     /// A held client is refused, if the gate is open.
     Refused,
+    /// Somebody who may not wake the backend is let in, which happens only while it is awake.
+    StrangerComes,
+    /// Every stranger is connected, if the gate is open.
+    StrangersPair,
+    /// A stranger leaves, or the backend does not take its connection.
+    StrangerLeaves,
     FlowsEnd,
     /// A connection goes straight to the backend, which nobody tells us of.
     HandedOff,
@@ -66,11 +72,14 @@ enum Step {
     Terminate,
 }
 
-const STEPS: [Step; 22] = [
+const STEPS: [Step; 25] = [
     Step::ClientComes,
     Step::ClientLeaves,
     Step::Pairs,
     Step::Refused,
+    Step::StrangerComes,
+    Step::StrangersPair,
+    Step::StrangerLeaves,
     Step::FlowsEnd,
     Step::HandedOff,
     Step::HandedOffEnds,
@@ -103,6 +112,8 @@ struct World {
     left: u64,
     paired: u64,
     turned_away: u64,
+    /// Strangers that are accepted and not yet paired.
+    strangers: u64,
     flows_reset: u64,
     starting: bool,
     stopping: bool,
@@ -124,6 +135,7 @@ impl World {
             left: 0,
             paired: 0,
             turned_away: 0,
+            strangers: 0,
             flows_reset: 0,
             starting: false,
             stopping: false,
@@ -160,6 +172,9 @@ impl World {
                 vec![Event::ClientPaired; usize::try_from(pairs).unwrap()]
             }
             Step::Refused if self.held() > 0 && open => vec![Event::ClientRefused],
+            Step::StrangerComes => self.stranger_comes(),
+            Step::StrangersPair => self.strangers_pair(),
+            Step::StrangerLeaves => self.stranger_leaves(),
             Step::FlowsEnd if self.totals.flows_open > 0 => {
                 self.totals.flows_open = 0;
                 self.totals.last_activity = self.now;
@@ -203,6 +218,34 @@ impl World {
             | Step::Arriving
             | Step::Terminate => vec![],
         }
+    }
+
+    /// A stranger is let in only while the backend is awake.
+    fn stranger_comes(&mut self) -> Vec<Event> {
+        if !self.accepting || !self.lifecycle.is_awake() {
+            return vec![];
+        }
+        self.strangers += 1;
+        vec![Event::StrangerAccepted]
+    }
+
+    fn strangers_pair(&mut self) -> Vec<Event> {
+        if self.strangers == 0 || !self.lifecycle.is_awake() {
+            return vec![];
+        }
+        let pairs = std::mem::take(&mut self.strangers);
+        self.totals.flows_open += pairs;
+        self.totals.flows_total += pairs;
+        self.totals.last_activity = self.now;
+        vec![Event::StrangerEnded; usize::try_from(pairs).unwrap()]
+    }
+
+    fn stranger_leaves(&mut self) -> Vec<Event> {
+        if self.strangers == 0 {
+            return vec![];
+        }
+        self.strangers -= 1;
+        vec![Event::StrangerEnded]
     }
 
     /// What happens to handed-off flows without an event. Returns whether anything did.
@@ -250,7 +293,7 @@ impl World {
                 assert!(!self.stopping, "two stop jobs");
                 let draining = self.lifecycle.is_draining();
                 assert!(self.totals.flows_open == 0 || draining, "a stop with an open flow");
-                assert!(self.held() == 0 || draining, "a stop with a held client");
+                assert!(self.held() + self.strangers == 0 || draining, "a stop with a held client");
                 let (open, idle_time) = (self.totals.handed_off_open, self.rules.idle_time);
                 let silent = self.rules.idle_policy == IdlePolicy::Traffic
                     && self.totals.handed_off_activity + idle_time <= self.now;
@@ -264,6 +307,10 @@ impl World {
                 assert!(self.held() > 0, "nobody to turn away");
                 self.turned_away += self.held();
             }
+            Command::ResetStrangers => {
+                assert!(self.strangers > 0, "no stranger to turn away");
+                self.strangers = 0;
+            }
             Command::ResetFlows => {
                 self.flows_reset += self.totals.flows_open;
                 self.totals.flows_open = 0;
@@ -271,7 +318,7 @@ impl World {
             Command::LookAgain => self.looking = true,
             Command::StopAccepting => self.accepting = false,
             Command::Exit => {
-                assert_eq!(self.held(), 0, "left with a held client");
+                assert_eq!(self.held() + self.strangers, 0, "left with a held client");
                 self.exited = true;
             }
             Command::CloseSilent | Command::BackendGone | Command::Report(_) => {}
@@ -280,17 +327,19 @@ impl World {
 
     /// What holds after every step.
     fn check(&self) {
-        assert_eq!(self.lifecycle.held(), self.held(), "the ledger of held clients");
+        assert_eq!(self.lifecycle.held(), self.held() + self.strangers, "the ledger of held clients");
+        assert!(self.strangers == 0 || self.lifecycle.is_awake(), "a stranger waits for the backend");
         if self.exited {
             return;
         }
         let state = self.lifecycle.state();
         assert!(
-            self.held() == 0 || !matches!(state, State::Asleep | State::Settling(_)),
+            self.lifecycle.held() == 0 || !matches!(state, State::Asleep | State::Settling(_)),
             "a client is held and nothing is done for it"
         );
         let sleeps = self.rules.ownership != Ownership::Foreign && self.rules.idle_action == IdleAction::Stop;
-        let alone = self.held() == 0 && self.totals.flows_open == 0 && self.totals.handed_off_open > 0;
+        let alone =
+            self.lifecycle.held() == 0 && self.totals.flows_open == 0 && self.totals.handed_off_open > 0;
         if sleeps && *state == State::Awake && !self.starting && alone {
             let deadline = self.lifecycle.deadline(&self.totals, self.now);
             assert!(deadline.is_some(), "nobody will see when the flows that were handed off end");
@@ -494,6 +543,22 @@ fn whoever_comes_while_it_stops_is_served_by_the_next_start() {
         assert!(world.take(step), "{step:?}");
     }
     assert_eq!((world.paired, world.turned_away), (2, 0));
+}
+
+#[test]
+fn a_stranger_is_served_while_it_is_awake_and_never_starts_it() {
+    let mut world = served(rules(Ownership::Managed, IdlePolicy::Connections));
+    for step in [Step::FlowsEnd, Step::Deadline, Step::StrangerComes] {
+        assert!(world.take(step), "{step:?}");
+    }
+    assert_eq!(world.lifecycle.state(), &State::Awake, "whoever is served keeps it awake");
+    for ends in [Step::DownCleanly, Step::Crash, Step::GoingDown] {
+        let mut world = world.clone();
+        assert!(world.take(ends) && !world.starting, "{ends:?}");
+        assert_eq!(world.strangers, 0, "{ends:?}: reset");
+    }
+    assert!(world.take(Step::StrangersPair));
+    assert_eq!((world.totals.flows_open, world.lifecycle.held()), (1, 0));
 }
 
 #[test]

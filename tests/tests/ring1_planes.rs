@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use drowse::accounting::{Accounting, Totals};
+use drowse::admission::Seat;
 use drowse::clock;
 use drowse::plane::forward::{Forward, Mode};
 use drowse::plane::{Flow, Plane};
@@ -147,7 +148,7 @@ impl Bed {
     fn flow(&self, client: Kind, backend: Kind) -> (Socket, Socket) {
         let (near, accepted) = pair(client);
         let (connected, far) = pair(backend);
-        self.plane.open(Flow { client: accepted.into(), backend: connected.into() });
+        self.plane.open(Flow { client: accepted.into(), backend: connected.into(), seat: Seat::default() });
         (near, far)
     }
 
@@ -423,7 +424,7 @@ fn bytes_before_the_flow_opens_arrive(make: MakePlane) {
     for socket in [&accepted, &connected] {
         assert!(is_ready(socket, PollFlags::RDHUP, PATIENCE), "bytes and FIN are there");
     }
-    bed.plane.open(Flow { client: accepted.into(), backend: connected.into() });
+    bed.plane.open(Flow { client: accepted.into(), backend: connected.into(), seat: Seat::default() });
     assert_eq!(bed.accounting.totals().flows_total, 1, "counted at once");
     expect(&backend, b"early request");
     expect_end(&backend);
@@ -438,7 +439,7 @@ fn slow_reader_blocks_the_sender(make: MakePlane) {
     for to_backend in [true, false] {
         let (client, accepted) = pair(Kind::SmallTcp);
         let (connected, backend) = pair(Kind::SmallTcp);
-        bed.plane.open(Flow { client: accepted.into(), backend: connected.into() });
+        bed.plane.open(Flow { client: accepted.into(), backend: connected.into(), seat: Seat::default() });
         let (sender, reader) = if to_backend { (&client, &backend) } else { (&backend, &client) };
         let resident_before = resident_bytes();
         let sent = send_until_full(sender, &flood);

@@ -732,6 +732,34 @@ fn not_with_a_limit_on_connections() -> Result<()> {
 }
 
 #[test]
+fn not_with_a_limit_for_each_source() -> Result<()> {
+    not_taken(&["--max-per-source", "100"], "--max-per-source")
+}
+
+/// Who may wake the backend is decided while it sleeps; while it is awake everybody goes straight to it.
+#[test]
+fn a_stranger_wakes_nobody_and_is_handed_off_while_it_is_awake() -> Result<()> {
+    isolated(|| {
+        let drowse = with_command(&["--allow", "127.0.0.1", "--held-max", "10"])?;
+        let stranger = || -> Result<TcpStream> {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+            socket.bind(&SocketAddr::from(([127, 0, 0, 9], 0)).into())?;
+            socket.connect(&PUBLIC.parse::<SocketAddr>()?.into())?;
+            socket.set_read_timeout(Some(SOON))?;
+            Ok(socket.into())
+        };
+        ensure_reset(&stranger()?)?;
+        ensure!(shown(&drowse)?["state"] == "asleep", "a stranger woke it");
+        handed_off(PUBLIC)?.end()?;
+        let mut client = Client::greeted(stranger()?)?;
+        ensure!(client.is_handed_off()?, "the stranger was proxied");
+        client.echo(b"served")?;
+        ensure!(shown(&drowse)?["refused"]["may_not_wake"] == 1, "the count");
+        client.end()
+    })
+}
+
+#[test]
 fn not_without_ebpf() -> Result<()> {
     not_taken(&["--ebpf", "off"], "--ebpf")
 }

@@ -66,6 +66,9 @@ pub fn obstacle(run: &RunArgs) -> Option<String> {
     if run.connections_max.is_some() {
         return Some("--connections-max: only a proxy can keep clients waiting".to_owned());
     }
+    if run.max_per_source.is_some() {
+        return Some("--max-per-source: only a proxy can turn clients away".to_owned());
+    }
     match run.backend {
         Address::Tcp { .. } => None,
         Address::Unix(_) | Address::Abstract(_) => {
@@ -152,12 +155,14 @@ mod tests {
     fn an_option_that_only_a_proxy_can_fulfil_is_named() {
         assert_eq!(obstacle(&run(&[])), None);
         assert_eq!(obstacle(&run(&["--plane", "handoff"])), None);
+        assert_eq!(obstacle(&run(&["--allow", "10.0.0.0/8", "--held-max", "5", "--", "true"])), None);
         for options in [
             &["--plane", "splice"][..],
             &["--plane", "copy"],
             &["--ebpf", "off"],
             &["--proxy-protocol", "v1"],
             &["--connections-max", "5"],
+            &["--max-per-source", "5"],
         ] {
             let reason = obstacle(&run(options)).unwrap();
             assert!(reason.starts_with(options[0]), "{options:?}: {reason}");

@@ -167,6 +167,7 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
 
     use super::*;
+    use crate::admission::Seat;
 
     fn tcp_pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -180,7 +181,7 @@ mod tests {
         for socket in [&client, &backend] {
             socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         }
-        plane.open(Flow { client: accepted.into(), backend: connected.into() });
+        plane.open(Flow { client: accepted.into(), backend: connected.into(), seat: Seat::default() });
         (client, backend)
     }
 

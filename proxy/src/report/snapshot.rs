@@ -41,6 +41,9 @@ pub struct Snapshot {
     pub line: String,
     /// Clients that are accepted and wait for the backend.
     pub held: u64,
+    /// Clients that were reset when they came, since the start of this drowse.
+    #[serde(default)]
+    pub refused: Refused,
     /// How many flows and held clients there may be; more wait in the listeners' backlogs.
     pub connections_max: u64,
     /// Connections between a client and the backend.
@@ -126,6 +129,15 @@ pub struct FlowCount {
     /// Since the start of this drowse, open ones included; those that were handed off also since that of the one whose
     /// open flows it took over.
     pub total: u64,
+}
+
+/// Clients that were reset when they came, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// They may not wake the backend (`--allow`), and it was not awake.
+    pub may_not_wake: u64,
+    /// Their source had as many connections as one may have (`--max-per-source`).
+    pub too_many_of_source: u64,
 }
 
 /// The answer to "why is it awake?".
@@ -280,6 +292,8 @@ pub struct Sources<'a> {
     pub totals: &'a Totals,
     /// What happened so far.
     pub history: &'a History,
+    /// Who was refused.
+    pub refused: Refused,
     /// The plane of flows that drowse moves.
     pub forward: &'a str,
     /// The hand-off.
@@ -302,6 +316,7 @@ impl Snapshot {
             since_s: ago_s(lifecycle.since()),
             line: status_line(lifecycle, from.backend_name, totals, now),
             held: lifecycle.held(),
+            refused: from.refused,
             connections_max: from.connections_max,
             flows: Flows {
                 proxied: FlowCount { open: totals.flows_open, total: totals.flows_total },
@@ -451,6 +466,7 @@ mod tests {
                 lifecycle: &self.lifecycle,
                 totals: &self.totals,
                 history: &self.history,
+                refused: Refused { may_not_wake: 3, too_many_of_source: 0 },
                 forward: "splice",
                 handoff: &self.handoff,
             };
@@ -570,8 +586,12 @@ mod tests {
         let mut json = serde_json::to_value(&snapshot).unwrap();
         assert_eq!(json["state"], "awake");
         assert_eq!(json["plane"]["handoff"]["state"], "off");
+        assert_eq!(json["refused"]["may_not_wake"], 3);
         json["later"] = 1.into();
-        assert_eq!(serde_json::from_value::<Snapshot>(json).unwrap(), snapshot);
+        assert_eq!(serde_json::from_value::<Snapshot>(json.clone()).unwrap(), snapshot);
+        json.as_object_mut().unwrap().remove("refused");
+        let earlier = serde_json::from_value::<Snapshot>(json).unwrap();
+        assert_eq!(earlier, Snapshot { refused: Refused::default(), ..snapshot });
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::config::StatusArgs;
 use crate::ebpf::pin_name;
 use crate::report::Said;
 use crate::report::control::{self, Service, Silence};
-use crate::report::snapshot::{FlowCount, HandoffState, Snapshot};
+use crate::report::snapshot::{FlowCount, HandoffState, Refused, Snapshot};
 use crate::report::text::{elapsed, paragraph, table};
 
 /// How wide the labels of one service's lines are.
@@ -153,7 +153,7 @@ fn whole(snapshot: &Snapshot) -> String {
     for (number, reason) in snapshot.idle.reasons.iter().enumerate() {
         say(if number == 0 { "why awake" } else { "" }, reason.clone());
     }
-    say("clients", format!("{} wait for the backend", snapshot.held));
+    say("clients", format!("{} wait for the backend{}", snapshot.held, refused(snapshot.refused)));
     let count = |flows: FlowCount| format!("{} open, {} since the start of drowse", flows.open, flows.total);
     say("flows", format!("proxied: {}", count(snapshot.flows.proxied)));
     say("", format!("handed off: {}", count(snapshot.flows.handed_off)));
@@ -171,6 +171,19 @@ fn whole(snapshot: &Snapshot) -> String {
         say("listener", format!("{}: {}{reason}", listener.address, snapshot.plane.of(listener)));
     }
     text
+}
+
+/// Who was refused, if anybody was.
+fn refused(refused: Refused) -> String {
+    let reasons = [
+        (refused.may_not_wake, "may not wake it"),
+        (refused.too_many_of_source, "came beyond the limit of their source"),
+    ];
+    let some = reasons.iter().filter(|(count, _)| *count > 0).map(|(count, why)| format!("{count} {why}"));
+    match some.collect::<Vec<_>>().join(", ") {
+        none if none.is_empty() => none,
+        some => format!("; refused since the start of drowse: {some}"),
+    }
 }
 
 fn wake_ups(snapshot: &Snapshot) -> String {
@@ -222,6 +235,7 @@ mod tests {
             since_s: 170.5,
             line: "awake: 2 flows".into(),
             held: 0,
+            refused: Refused { may_not_wake: 12, too_many_of_source: 3 },
             connections_max: 10_000,
             flows: Flows {
                 proxied: FlowCount { open: 2, total: 17 },
@@ -303,7 +317,8 @@ dice: awake: 2 flows
   drowse       process 4711, at most 10000 connections
   state        awake for 2 min
   why awake    2 open flows, last used 3 s ago
-  clients      0 wait for the backend
+  clients      0 wait for the backend; refused since the start of drowse: 12 may
+               not wake it, 3 came beyond the limit of their source
   flows        proxied: 2 open, 17 since the start of drowse
                handed off: 0 open, 0 since the start of drowse
   bytes        1200 to the backend, 34000 to clients

@@ -13,6 +13,7 @@ use rustix::event::epoll::EventFlags;
 
 use super::direction::{Direction, End, Tools};
 use crate::accounting::{Accounting, Counters};
+use crate::admission::Seat;
 use crate::clock::{self, Monotonic};
 use crate::plane::Flow;
 
@@ -95,6 +96,7 @@ pub(super) struct LiveFlow {
     pub(super) backend_gone: bool,
     /// Both sockets may be closed without a reset.
     clean: bool,
+    _seat: Seat,
     /// Dropped after the sockets, so that a flow that is counted closed is closed.
     ticket: Ticket,
 }
@@ -111,6 +113,7 @@ impl LiveFlow {
             queued: false,
             backend_gone: false,
             clean: false,
+            _seat: flow.seat,
             ticket,
         }
     }
