@@ -79,6 +79,46 @@ pub enum Change {
     Down(Option<Failure>),
 }
 
+/// The words of [`Failure::result`] that metrics tell apart: systemd's results of services and jobs (systemd.service(5),
+/// org.freedesktop.systemd1(5)), load states, and ours. Whatever a later systemd adds counts as another.
+pub const REASONS: [&str; 35] = [
+    "address-in-use",
+    "assert",
+    "bad-setting",
+    "bus",
+    "canceled",
+    "collected",
+    "condition",
+    "core-dump",
+    "denied",
+    "dependency",
+    "ended",
+    "error",
+    "exec",
+    "exec-condition",
+    "exit-code",
+    "failed",
+    "frozen",
+    "invalid",
+    "invalid-name",
+    "masked",
+    "not-found",
+    "once",
+    "oom-kill",
+    "protocol",
+    "resources",
+    "signal",
+    "skipped",
+    "start-limit-hit",
+    "start-timeout",
+    "stop-timeout",
+    "success",
+    "timeout",
+    "unsupported",
+    "wait",
+    "watchdog",
+];
+
 /// Why a start or a stop failed, for branching and for one line of log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {

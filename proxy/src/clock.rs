@@ -2,7 +2,7 @@
 //!
 //! Owns: reading the clock. Pure code never calls [`now`]; it is given the time.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// A point in time: the monotonic time since an arbitrary fixed point (boot, on Linux).
 pub type Monotonic = Duration;
@@ -12,6 +12,12 @@ pub type Monotonic = Duration;
 pub fn now() -> Monotonic {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0))
+}
+
+/// The time since 1970, as metrics and calendars have it. Zero if the clock is set to an earlier year.
+#[must_use]
+pub fn unix_time() -> Duration {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 /// `time` in whole nanoseconds, as counters and eBPF maps hold it.

@@ -175,6 +175,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/drowse", env = "DROWSE_PIN_DIR")]
     pub pin_dir: PathBuf,
 
+    /// Serve metrics for Prometheus here, as OpenMetrics text at `/metrics`. Whoever can connect can read them
+    #[arg(long, value_name = "ADDR", env = "DROWSE_METRICS")]
+    pub metrics: Option<Address>,
+
     /// How much to log
     #[arg(long, value_enum, default_value = "info", env = "DROWSE_LOG_LEVEL")]
     pub log_level: LogLevel,
@@ -320,6 +324,11 @@ impl RunArgs {
         }
         if self.listen.contains(&self.backend) {
             return Err(format!("--listen and --backend are both {}; they must differ", self.backend));
+        }
+        if let Some(metrics) = &self.metrics
+            && (self.listen.contains(metrics) || *metrics == self.backend)
+        {
+            return Err(format!("--metrics {metrics} is an address of the service; it needs one of its own"));
         }
         if self.ready_probe == ReadyProbe::Notify && self.unit.is_none() && self.command.is_empty() {
             return Err("--ready-probe notify needs --unit or a COMMAND that says READY=1".to_owned());

@@ -17,7 +17,7 @@ use socket2::Socket;
 use tokio::net::UnixStream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Interval, MissedTickBehavior};
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use crate::accounting::{Accounting, Totals};
 use crate::activation::exec::ExecDriver;
@@ -30,7 +30,7 @@ use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, ReadyProbe, RunArgs};
 use crate::idle::IdlePolicy;
 use crate::kernel::{self, Kernel};
-use crate::lifecycle::{Command, Event, Lifecycle, Ownership, State};
+use crate::lifecycle::{Command, Event, Lifecycle, Ownership};
 use crate::listener::{Accepted, Listeners, Passed, SEAL_TIME};
 use crate::pairing::{self, Gate, Outcome};
 use crate::plane::Plane;
@@ -39,9 +39,12 @@ use crate::plane::handoff::Inspect;
 use crate::privileges::{self, Loader};
 use crate::readiness::{self, Hints};
 use crate::report::control::{self, Control};
+use crate::report::metrics;
 use crate::report::notify::{self, Notifier};
+use crate::report::scrape::{Endpoint, Question};
 use crate::report::snapshot::{History, Snapshot, Sources};
 use crate::report::status_line::status_line;
+use crate::report::tell;
 
 /// What the service manager's own stop timeout may take beyond ours.
 const STOP_MARGIN: Duration = Duration::from_secs(15);
@@ -86,6 +89,8 @@ pub struct EventLoop {
     kernel: Kernel,
     notifier: Notifier,
     control: Control,
+    /// `None` without `--metrics`.
+    metrics: Option<Endpoint>,
     history: History,
     status_due: Option<Monotonic>,
     watchdog: Option<Interval>,
@@ -124,6 +129,8 @@ enum Woken {
     Deadline,
     /// Somebody is at the status socket.
     StatusAsked(UnixStream),
+    /// Somebody wants the metrics.
+    Scraped(Question),
     WatchdogDue,
     ReloadAsked,
     Resynced(Result<BackendState, Failure>),
@@ -150,7 +157,12 @@ pub async fn run(
             address::display(own)
         );
     }
-    let mut service = EventLoop::prepare(run, listeners, loader, connections_max, open_files).await?;
+    let metrics = match &run.metrics {
+        Some(address) => Some(Endpoint::open(address, &listeners).await?),
+        None => None,
+    };
+    let mut service =
+        EventLoop::prepare(run, listeners, loader, metrics, connections_max, open_files).await?;
     service.serve().await;
     Ok(())
 }
@@ -160,6 +172,7 @@ impl EventLoop {
         run: RunArgs,
         listeners: Listeners,
         loader: Loader,
+        metrics: Option<Endpoint>,
         connections_max: u64,
         open_files: Rlimit,
     ) -> anyhow::Result<Self> {
@@ -191,6 +204,7 @@ impl EventLoop {
             accounting,
             plane: Box::new(plane),
             control: status_socket(&run),
+            metrics,
             history: History::default(),
             listeners: Some(listeners),
             driver,
@@ -288,6 +302,7 @@ impl EventLoop {
             }
             () = self.accounting.few_open() => Woken::FewFlowsOpen,
             peer = self.control.asked() => Woken::StatusAsked(peer),
+            question = scraped(self.metrics.as_mut()) => Woken::Scraped(question),
             client = accepted(self.listeners.as_mut()), if has_room => Woken::Accepted(client),
         }
     }
@@ -342,6 +357,7 @@ impl EventLoop {
             }
             Woken::FewFlowsOpen | Woken::Deadline => self.tick(),
             Woken::StatusAsked(peer) => self.answer_status(peer),
+            Woken::Scraped(question) => self.answer_scrape(question),
             Woken::WatchdogDue => {
                 self.notifier.alive();
                 vec![]
@@ -494,7 +510,7 @@ impl EventLoop {
         }
         self.kernel.hand_off(self.lifecycle.hands_off());
         self.history.changed(&before, self.lifecycle.state(), now.saturating_sub(since), now);
-        self.log_change(&before, now.saturating_sub(since));
+        tell::change(&self.run, &self.name, &self.lifecycle, &before, now.saturating_sub(since), now);
         if !commands.contains(&Command::Exit) {
             self.stay();
         }
@@ -613,44 +629,8 @@ impl EventLoop {
 
     fn report(&self, failure: &Failure) {
         let last = self.hints.last_error();
-        if failure.result == "start-timeout" && !last.is_empty() {
-            error!(unit = self.name, result = failure.result, "{}: {} ({last})", self.name, failure.message);
-        } else {
-            error!(unit = self.name, result = failure.result, "{}: {failure}", self.name);
-        }
-    }
-
-    /// One line per activation and per stop.
-    fn log_change(&self, before: &State, lasted: Duration) {
-        let after = self.lifecycle.state();
-        if std::mem::discriminant(before) == std::mem::discriminant(after) {
-            return;
-        }
-        let (name, held, lasted) =
-            (&self.name, self.lifecycle.held(), format!("{:.3} s", lasted.as_secs_f64()));
-        match (before, after) {
-            (State::Settling(_), State::Awake) => debug!("{name} is in use after all"),
-            (_, State::Settling(_)) => debug!("{name} is idle: looking once more"),
-            (State::Waking { started_by_us: false, .. }, State::Awake) => {
-                debug!("{name} accepts connections again");
-            }
-            (State::Waking { .. }, State::Awake) => {
-                info!("{name} is awake after {lasted}; clients held: {held}");
-            }
-            (_, State::Awake) => info!("{name} is awake"),
-            (_, State::Waking { started_by_us: true, .. }) => info!("waking {name}"),
-            (_, State::Waking { .. }) => debug!("{name} accepts no connection: waiting for it"),
-            (State::Settling(_) | State::Awake, State::Stopping(_)) => {
-                info!("stopping {name}: it was awake for {lasted}");
-            }
-            (_, State::Stopping(_)) => info!("stopping {name}"),
-            (State::Stopping(_), State::Asleep) => info!("{name} is asleep; stopping took {lasted}"),
-            (_, State::Asleep) => info!("{name} is asleep"),
-            (_, State::Failed { until, .. }) => {
-                let pause = until.saturating_sub(clock::now());
-                info!("next start of {name} not before {:.1} s have passed", pause.as_secs_f64());
-            }
-        }
+        let says_more = failure.result == "start-timeout" && !last.is_empty();
+        tell::failure(&self.name, failure, says_more.then_some(&*last));
     }
 
     fn tell_status(&mut self) {
@@ -669,18 +649,27 @@ impl EventLoop {
         vec![]
     }
 
+    fn answer_scrape(&mut self, question: Question) -> Vec<Event> {
+        self.kernel.inspect_to_show();
+        let text = metrics::encode(self.snapshot(), self.history.activations().clone(), clock::unix_time());
+        let _peer_left = question.send(text);
+        vec![]
+    }
+
     /// This moment, for whoever asks.
     fn snapshot(&self) -> Snapshot {
+        let kernel = self.kernel.counters(self.kernel.service());
         let sources = Sources {
             run: &self.run,
             backend_name: &self.name,
             connections_max: self.connections_max,
             lifecycle: &self.lifecycle,
-            totals: &self.totals(),
+            totals: &self.accounting.totals().with_handed_off(&kernel.service),
             history: &self.history,
             refused: self.refusals.total(),
             forward: self.plane.name(),
             handoff: &self.kernel.view(),
+            kernel: &kernel,
         };
         Snapshot::new(&sources, clock::now())
     }
@@ -810,6 +799,13 @@ async fn asked_to_stop(terminate: &mut Signal, interrupt: &mut Signal) -> &'stat
 async fn changed(driver: Option<&mut Box<dyn Driver>>) -> Change {
     match driver {
         Some(driver) => driver.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn scraped(metrics: Option<&mut Endpoint>) -> Question {
+    match metrics {
+        Some(metrics) => metrics.asked().await,
         None => std::future::pending().await,
     }
 }

@@ -3,6 +3,7 @@
 //! Owns: when the object is loaded, whether new connections are steered at this moment, and the reason why not. Must
 //! never: delay a client (loading takes place in a thread, beside the backend's start), or decide when to hand off.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -23,7 +24,8 @@ use crate::listener::Listeners;
 use crate::plane::choose::{self, ListenerFacts};
 use crate::plane::handoff::{self, Handoff, Inspect, Miss};
 use crate::privileges::Loader;
-use crate::readiness::listen_hook::ListenHook;
+use crate::readiness::listen_hook::{self, ListenHook};
+use crate::report::counters::KernelCounters;
 use crate::report::snapshot::{HandoffState, HandoffView, ListenerView};
 use crate::sockets;
 
@@ -124,6 +126,8 @@ pub struct Kernel {
     told: Option<String>,
     /// When the counters were last brought up to date for somebody who looks.
     shown_at: Option<Monotonic>,
+    /// The counters of handed-off flows as they were last read: they do not go back when they cannot be.
+    last: Cell<Service>,
 }
 
 impl Kernel {
@@ -154,6 +158,7 @@ impl Kernel {
             trouble: None,
             told: None,
             shown_at: None,
+            last: Cell::default(),
         }
     }
 
@@ -290,10 +295,31 @@ impl Kernel {
         if loaded.handoff.is_err() {
             return Service::default();
         }
-        handoff::service(&loaded.object).unwrap_or_else(|error| {
-            warn!("{error:#}; so it stays awake");
-            Service { flows_open: 1, ..Service::default() }
-        })
+        match handoff::service(&loaded.object) {
+            Ok(service) => {
+                self.last.set(service);
+                service
+            }
+            Err(error) => {
+                warn!("{error:#}; so it stays awake");
+                let last = self.last.get();
+                Service { flows_open: last.flows_open.max(1), ..last }
+            }
+        }
+    }
+
+    /// Everything that was counted, with `service` as it was read before. What cannot be read is left out.
+    #[must_use]
+    pub fn counters(&self, service: Service) -> KernelCounters {
+        let Stage::Loaded(loaded) = &self.stage else {
+            return KernelCounters { service, ..KernelCounters::default() };
+        };
+        let public = self.endpoints().into_iter().filter_map(|endpoint| {
+            let steered = handoff::steered(&loaded.object, &endpoint).ok()?;
+            Some((ebpf::socket_address(&endpoint)?.to_string(), steered))
+        });
+        let listens = self.backend.port().and_then(|port| listen_hook::listens(&loaded.object, port).ok());
+        KernelCounters { service, public: public.collect(), listens }
     }
 
     /// Brings the counters of handed-off flows up to date for somebody who looks, at most once in [`LOOK_PAUSE`].

@@ -17,6 +17,7 @@ pub mod idle;
 pub mod kernel;
 pub mod lifecycle;
 pub mod listener;
+pub mod log;
 pub mod pairing;
 pub mod plane;
 pub mod privileges;

@@ -268,6 +268,12 @@ impl Lifecycle {
         self.draining.is_some()
     }
 
+    /// Whether the backend is stopped because drowse exits, asked to or for want of work.
+    #[must_use]
+    pub fn is_exiting(&self) -> bool {
+        self.is_draining() || self.leaving
+    }
+
     /// Whether held clients are to be connected to the backend, or wait.
     #[must_use]
     pub fn is_awake(&self) -> bool {

@@ -77,8 +77,16 @@ impl Listeners {
     pub async fn open(passed: Vec<Passed>, addresses: &[Address]) -> anyhow::Result<Self> {
         let mut listeners =
             passed.into_iter().map(|(fd, name)| Listener::adopt(fd, &name)).collect::<Result<Vec<_>, _>>()?;
-        listeners.extend(bind_all(addresses).await?);
+        listeners.extend(bind_all(addresses, BACKLOG).await?);
         Ok(Self { all: listeners, next: 0, pause: None })
+    }
+
+    /// Binds `addresses` for other peers than clients; `backlog` of them may wait.
+    ///
+    /// # Errors
+    /// An address cannot be bound.
+    pub async fn bind(addresses: &[Address], backlog: i32) -> anyhow::Result<Self> {
+        Ok(Self { all: bind_all(addresses, backlog).await?, next: 0, pause: None })
     }
 
     /// What is listened on, for people.
@@ -198,7 +206,7 @@ impl Listener {
         Self::new(socket, name, true, None)
     }
 
-    fn bind(address: &SockAddr, name: &str) -> anyhow::Result<Self> {
+    fn bind(address: &SockAddr, name: &str, backlog: i32) -> anyhow::Result<Self> {
         let socket = Socket::new(address.domain(), Type::STREAM, None).context("create a listener")?;
         if address.domain() != Domain::UNIX {
             socket.set_reuse_address(true).context("set SO_REUSEADDR")?;
@@ -214,7 +222,7 @@ impl Listener {
         if let Err(error) = socket.bind(address) {
             bail!("cannot listen on {name}: {}", bind_advice(&error));
         }
-        socket.listen(BACKLOG).with_context(|| format!("listen on {name}"))?;
+        socket.listen(backlog).with_context(|| format!("listen on {name}"))?;
         Self::new(socket, name.to_owned(), false, made.map(Path::to_owned))
     }
 
@@ -287,13 +295,15 @@ impl Listener {
     }
 }
 
-async fn bind_all(addresses: &[Address]) -> anyhow::Result<Vec<Listener>> {
+async fn bind_all(addresses: &[Address], backlog: i32) -> anyhow::Result<Vec<Listener>> {
     let mut listeners = Vec::new();
     for address in addresses {
-        let resolved =
-            address.resolve_to_listen().await.with_context(|| format!("resolve --listen {address}"))?;
+        let resolved = address
+            .resolve_to_listen()
+            .await
+            .with_context(|| format!("resolve {address}, to listen there"))?;
         for one in &resolved {
-            listeners.push(Listener::bind(one, &address::display(one))?);
+            listeners.push(Listener::bind(one, &address::display(one), backlog)?);
         }
     }
     Ok(listeners)

@@ -1,15 +1,15 @@
 //! The program `drowse`: arguments in, exit status out. The only place that reports a fatal error.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser as _;
-use drowse::config::{Action, Cli, LogLevel, RunArgs};
+use drowse::config::{Action, Cli, RunArgs};
 use drowse::listener::Passed;
+use drowse::log;
 use drowse::report::{Said, check, status};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tracing_subscriber::fmt::writer::MakeWriterExt as _;
 
 /// Wrong arguments; clap uses the same.
 const WRONG_ARGUMENTS: u8 = 2;
@@ -39,7 +39,7 @@ fn tell(look: impl Future<Output = anyhow::Result<Said>>) -> ExitCode {
 }
 
 fn serve(run: RunArgs) -> ExitCode {
-    log_to_stderr(run.log_level);
+    log::begin(&run);
     let open_files = getrlimit(Resource::Nofile);
     let passed = match drowse::listener::passed() {
         Ok(passed) => passed,
@@ -57,7 +57,7 @@ fn serve(run: RunArgs) -> ExitCode {
 }
 
 fn failed(status: ExitCode, error: &anyhow::Error) -> ExitCode {
-    tracing::error!("{error:#}");
+    tracing::error!(target: log::LAST_WORDS, "{error:#}");
     status
 }
 
@@ -78,15 +78,4 @@ fn raise_open_files(limit: Rlimit) -> u64 {
     let raised = Rlimit { current: limit.maximum, ..limit };
     let holds = if setrlimit(Resource::Nofile, raised).is_ok() { raised } else { limit };
     holds.current.unwrap_or(u64::MAX)
-}
-
-/// One line per message: in colour for a terminal, without the time where the journal has its own.
-fn log_to_stderr(level: LogLevel) {
-    let to_journal = std::env::var_os("JOURNAL_STREAM").is_some();
-    let lines = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr.with_max_level(level.level()))
-        .with_max_level(level.level())
-        .with_target(matches!(level, LogLevel::Trace))
-        .with_ansi(std::io::stderr().is_terminal());
-    if to_journal { lines.without_time().init() } else { lines.init() }
 }

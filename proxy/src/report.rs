@@ -2,10 +2,14 @@
 
 pub mod check;
 pub mod control;
+pub mod counters;
+pub mod metrics;
 pub mod notify;
+pub mod scrape;
 pub mod snapshot;
 pub mod status;
 pub mod status_line;
+pub mod tell;
 pub mod text;
 
 /// What a command that only looks has to say.

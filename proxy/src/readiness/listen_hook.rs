@@ -95,6 +95,15 @@ fn watch(object: &mut Object, ports: &[u16]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What the hook counted for `port`.
+///
+/// # Errors
+/// The port is not watched, or the counters cannot be read.
+pub fn listens(object: &Object, port: u16) -> anyhow::Result<abi::Listens> {
+    let counters = object.hash_map::<u32, abi::Listens>(abi::map::LISTENS)?;
+    counters.get(&u32::from(port), 0).with_context(|| format!("read the counters of port {port}"))
+}
+
 fn attach_to_root(object: &mut Object) -> anyhow::Result<()> {
     let root = facts::cgroup2_root()?;
     let cgroup = std::fs::File::open(&root).with_context(|| format!("open cgroup {}", root.display()))?;

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use prometheus_client::metrics::histogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 use crate::accounting::Totals;
@@ -13,7 +14,9 @@ use crate::activation::Failure;
 use crate::clock::Monotonic;
 use crate::config::RunArgs;
 use crate::idle::{Decision, IdlePolicy};
-use crate::lifecycle::{IdleAction, Lifecycle, Ownership, State};
+use crate::lifecycle::{IdleAction, Lifecycle, Ownership, State, Stopping};
+use crate::report::counters::{Counters, KernelCounters};
+use crate::report::metrics::activation_histogram;
 use crate::report::status_line::{rough, status_line};
 use crate::report::text::elapsed;
 
@@ -64,6 +67,9 @@ pub struct Snapshot {
     pub last_failure: Option<LastFailure>,
     /// How bytes travel.
     pub plane: PlaneView,
+    /// What else is counted.
+    #[serde(default)]
+    pub counters: Counters,
 }
 
 /// The state of a backend, `lifecycle::State` without its details.
@@ -85,6 +91,10 @@ pub enum StateName {
 }
 
 impl StateName {
+    /// Each of them.
+    pub const ALL: [Self; 6] =
+        [Self::Asleep, Self::Waking, Self::Awake, Self::Settling, Self::Stopping, Self::Failed];
+
     /// The word for it, the same as in JSON.
     #[must_use]
     pub fn word(self) -> &'static str {
@@ -242,9 +252,12 @@ impl PlaneView {
 }
 
 /// What happened so far, as far as people ask for it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct History {
+    counters: Counters,
     activations_total: u64,
+    /// How long they took, in seconds.
+    activations: Histogram,
     last_activation: Option<(Duration, Monotonic)>,
     failures_total: u64,
     last_failure: Option<(Failure, Monotonic)>,
@@ -252,13 +265,44 @@ pub struct History {
     vetoed_at: Option<Monotonic>,
 }
 
+impl Default for History {
+    fn default() -> Self {
+        Self {
+            counters: Counters::default(),
+            activations_total: 0,
+            activations: activation_histogram(),
+            last_activation: None,
+            failures_total: 0,
+            last_failure: None,
+            vetoed_at: None,
+        }
+    }
+}
+
 impl History {
+    /// How long the wake-ups that succeeded took, in seconds.
+    #[must_use]
+    pub fn activations(&self) -> &Histogram {
+        &self.activations
+    }
+
     /// The state is `after` at `now`; it was `before` for `lasted`.
     pub fn changed(&mut self, before: &State, after: &State, lasted: Duration, now: Monotonic) {
         let awake = matches!(after, State::Awake | State::Settling(_));
         if awake && matches!(before, State::Waking { started_by_us: true, .. }) {
             self.activations_total += 1;
+            self.activations.observe(lasted.as_secs_f64());
             self.last_activation = Some((lasted, now));
+        }
+        let is_wake = |state: &State| matches!(state, State::Waking { started_by_us: true, .. });
+        if is_wake(after) && !is_wake(before) {
+            self.counters.wakes_total += 1;
+        }
+        // Somebody may be held: then the next start has begun already.
+        if matches!(before, State::Stopping(Stopping::Ours))
+            && matches!(after, State::Asleep | State::Waking { .. })
+        {
+            self.counters.stops_total += 1;
         }
         if !awake {
             self.vetoed_at = None;
@@ -268,6 +312,7 @@ impl History {
     /// The backend failed at `now`.
     pub fn failed(&mut self, failure: &Failure, now: Monotonic) {
         self.failures_total += 1;
+        self.counters.failed(&failure.result);
         self.last_failure = Some((failure.clone(), now));
     }
 
@@ -298,6 +343,8 @@ pub struct Sources<'a> {
     pub forward: &'a str,
     /// The hand-off.
     pub handoff: &'a HandoffView,
+    /// What the kernel counted; its flows are in `totals`, too.
+    pub kernel: &'a KernelCounters,
 }
 
 impl Snapshot {
@@ -339,6 +386,7 @@ impl Snapshot {
                 ago_s: ago_s(*at),
             }),
             plane: PlaneView { forward: from.forward.to_owned(), handoff: from.handoff.clone() },
+            counters: history.counters.with(from.kernel, totals.last_activity, now),
         }
     }
 }
@@ -415,7 +463,7 @@ fn sleep(from: &Sources<'_>, now: Monotonic) -> Option<String> {
 }
 
 /// Seconds, to the millisecond.
-fn seconds(time: Duration) -> f64 {
+pub(super) fn seconds(time: Duration) -> f64 {
     let whole = Duration::from_secs(time.as_secs());
     (whole + Duration::from_millis(u64::from(time.subsec_millis()))).as_secs_f64()
 }
@@ -469,6 +517,7 @@ mod tests {
                 refused: Refused { may_not_wake: 3, too_many_of_source: 0 },
                 forward: "splice",
                 handoff: &self.handoff,
+                kernel: &KernelCounters::default(),
             };
             Snapshot::new(&from, now)
         }
@@ -570,6 +619,7 @@ mod tests {
         service.history.failed(&Failure::new("exit-code", "it exited with status 3"), s(302));
         let snapshot = service.at(s(310));
         assert_eq!((snapshot.activations_total, snapshot.failures_total), (1, 1));
+        assert_eq!(snapshot.counters.failures, [("exit-code".to_owned(), 1)].into());
         assert_eq!(snapshot.last_activation, Some(Activation { took_s: 1.25, ago_s: 10.0 }));
         let failure = snapshot.last_failure.unwrap();
         assert_eq!(

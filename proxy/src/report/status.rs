@@ -220,6 +220,7 @@ fn elapsed_s(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::counters::Counters;
     use crate::report::snapshot::{
         Activation, Flows, HandoffView, Idle, LastFailure, ListenerView, PlaneView, SCHEMA, StateName,
     };
@@ -256,6 +257,7 @@ mod tests {
                 forward: "splice".into(),
                 handoff: HandoffView::off(["0.0.0.0:8080"].into_iter(), Some("no bpffs is mounted".into())),
             },
+            counters: Counters::default(),
         }
     }
 

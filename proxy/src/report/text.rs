@@ -55,6 +55,17 @@ pub fn paragraph(words: &str, indent: usize) -> String {
     text
 }
 
+/// How long something took, in the unit that tells most: `850 us`, `12 ms`, `1.2 s`, `15 min`.
+#[must_use]
+pub fn precise(time: Duration) -> String {
+    match time.as_micros() {
+        micros @ 0..1000 => format!("{micros} us"),
+        1000..1_000_000 => format!("{} ms", time.as_millis()),
+        1_000_000..10_000_000 if time.subsec_millis() >= 100 => format!("{:.1} s", time.as_secs_f64()),
+        _ => elapsed(time),
+    }
+}
+
 /// How long something has lasted, in the largest unit of which there are two, rounded down: `90 s`, `12 min`, `3 h`.
 #[must_use]
 pub fn elapsed(time: Duration) -> String {
@@ -99,6 +110,15 @@ mod tests {
             assert_eq!(elapsed(Duration::from_secs(seconds)), words);
         }
         assert_eq!(elapsed(Duration::from_millis(3999)), "3 s");
+    }
+
+    #[test]
+    fn a_short_time_is_told_precisely() {
+        let cases = [(850, "850 us"), (12_900, "12 ms"), (1_240_000, "1.2 s"), (1_000_000, "1 s")];
+        for (micros, words) in cases {
+            assert_eq!(precise(Duration::from_micros(micros)), words);
+        }
+        assert_eq!(precise(Duration::from_mins(15)), "15 min");
     }
 
     #[test]

@@ -251,6 +251,7 @@ mod tests {
     use super::super::flow::Ticket;
     use super::*;
     use crate::accounting::Accounting;
+    use crate::admission::Seat;
     use crate::plane::Flow;
 
     fn tcp_pair() -> (TcpStream, TcpStream) {
@@ -271,7 +272,7 @@ mod tests {
         for socket in [&accepted, &connected] {
             socket.set_nonblocking(true).unwrap();
         }
-        let flow = Flow { client: accepted.into(), backend: connected.into() };
+        let flow = Flow { client: accepted.into(), backend: connected.into(), seat: Seat::default() };
         let ticket = Ticket::new(Accounting::new(1), 0, Arc::default());
         table.adopt(LiveFlow::new(flow, ticket));
         assert!(table.round(&mut events).unwrap());

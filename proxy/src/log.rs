@@ -1,0 +1,144 @@
+//! Where log lines go: to the journal with a field for each fact, or to stderr, in colour for a terminal.
+//!
+//! Owns: the choice, made once at the start and again for each line that the journal would lose. The fields of a line
+//! are those of its event, as `DROWSE_...`; `docs/reference/logs.md` says what each means.
+//! Rests on: systemd naming the device and inode of the stream that it connected to stderr in `JOURNAL_STREAM`,
+//! `systemd.exec(5)`; the journal's native protocol; a level `<N>` in front of a line on that stream, `sd-daemon(3)`.
+
+use std::fmt;
+use std::io::{self, IsTerminal as _};
+use std::os::fd::AsFd as _;
+
+use rustix::fs::fstat;
+use socket2::{Domain, SockAddr, Socket, Type};
+use tracing::{Event, Level, Subscriber};
+use tracing_journald::{Priority, PriorityMappings};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::FmtContext;
+use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer, debug_fn};
+use tracing_subscriber::layer::{Context, SubscriberExt as _};
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+use crate::config::{LogLevel, RunArgs};
+
+/// The target of the line that says why drowse ends. It goes to stderr in any case: of a process that is gone when the
+/// journal reads its message, the journal does not know the unit; of a stream it does.
+pub const LAST_WORDS: &str = "last_words";
+
+/// Fields for the journal alone: the message has the same facts in words.
+const FIELDS: [&str; 5] = ["event", "flow", "plane", "reason", "latency_usec"];
+/// Where the journal takes messages.
+const JOURNAL: &str = "/run/systemd/journal/socket";
+/// Who says it, as `journalctl --identifier` finds it.
+const IDENTIFIER: &str = "drowse";
+
+/// Begins to log, with the service's name and unit on every line of the journal.
+pub fn begin(run: &RunArgs) {
+    let level = run.log_level;
+    let for_journal = is_journal();
+    let stderr = tracing_subscriber::fmt::layer()
+        .with_writer(io::stderr)
+        .with_target(level == LogLevel::Trace)
+        .with_ansi(!for_journal && io::stderr().is_terminal() && !no_color())
+        .fmt_fields(debug_fn(|writer, field, value| match field.name() {
+            "message" => write!(writer, "{value:?}"),
+            name if FIELDS.contains(&name) => Ok(()),
+            name => write!(writer, " {name}={value:?}"),
+        }));
+    let lines = tracing_subscriber::registry().with(LevelFilter::from_level(level.level()));
+    if for_journal {
+        let target = level == LogLevel::Trace;
+        let format = tracing_subscriber::fmt::format().without_time().with_level(false).with_target(target);
+        let stderr = stderr.event_format(Leveled(format.with_ansi(false)));
+        lines.with(Journal { native: native(run), stderr }).init();
+    } else {
+        lines.with(stderr).init();
+    }
+}
+
+/// The journal's own protocol. None: nobody takes messages there.
+fn native(run: &RunArgs) -> Option<tracing_journald::Layer> {
+    let unit = run.unit.as_ref().map(|unit| ("DROWSE_UNIT", unit.clone()));
+    let always = std::iter::once(("DROWSE_NAME", run.service_name())).chain(unit);
+    let priorities = PriorityMappings {
+        info: Priority::Informational,
+        debug: Priority::Debug,
+        trace: Priority::Debug,
+        ..PriorityMappings::new()
+    };
+    let layer = tracing_journald::layer().ok()?;
+    Some(
+        layer
+            .with_syslog_identifier(IDENTIFIER.to_owned())
+            .with_field_prefix(Some("DROWSE".to_owned()))
+            .with_priority_mappings(priorities)
+            .with_custom_fields(always),
+    )
+}
+
+/// Lines for the journal: with fields while it listens, else through stderr.
+struct Journal<L> {
+    native: Option<tracing_journald::Layer>,
+    stderr: L,
+}
+
+impl<S, L> Layer<S> for Journal<L>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    L: Layer<S>,
+{
+    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
+        let native = self.native.as_ref().filter(|_| event.metadata().target() != LAST_WORDS && listens());
+        match native {
+            Some(native) => native.on_event(event, context),
+            None => self.stderr.on_event(event, context),
+        }
+    }
+}
+
+/// A line with its level as `sd-daemon(3)` has it, for the journal to take off again.
+struct Leveled<F>(F);
+
+impl<S, N, F> FormatEvent<S, N> for Leveled<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let level = match *event.metadata().level() {
+            Level::ERROR => 3,
+            Level::WARN => 4,
+            Level::INFO => 6,
+            Level::DEBUG | Level::TRACE => 7,
+        };
+        write!(writer, "<{level}>")?;
+        self.0.format_event(context, writer, event)
+    }
+}
+
+/// Whether stderr is the stream to the journal that systemd made for us.
+fn is_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    let Ok(stderr) = fstat(io::stderr().as_fd()) else { return false };
+    stream == format!("{}:{}", stderr.st_dev, stderr.st_ino)
+}
+
+/// Whether somebody takes messages at the journal's socket at this moment; some microseconds.
+fn listens() -> bool {
+    let connected = Socket::new(Domain::UNIX, Type::DGRAM.nonblocking(), None)
+        .and_then(|socket| socket.connect(&SockAddr::unix(JOURNAL)?));
+    connected.is_ok()
+}
+
+/// <https://no-color.org>: set and not empty.
+fn no_color() -> bool {
+    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+}
