@@ -435,6 +435,7 @@ impl EventLoop {
             Outcome::Paired(flow) => {
                 let peer = getpeername(&flow.backend).ok().filter(|_| self.run.backend.is_name());
                 self.kernel.was_bypassed(peer.flatten().and_then(|peer| peer.try_into().ok()));
+                tell::flow_opened(&flow.client, self.plane.name());
                 self.plane.open(flow);
                 vec![if is_stranger { Event::StrangerEnded } else { Event::ClientPaired }]
             }

@@ -466,7 +466,7 @@ impl Kernel {
     /// One line of log for each new reason why nothing is handed off.
     fn tell_obstacle(&mut self) {
         if let Some(reason) = self.obstacle().map(str::to_owned) {
-            self.tell(format!("connections are not handed off: {reason}"), self.warns);
+            self.tell(format!("connections are not handed off: {reason}"), Some(&reason), self.warns);
         }
     }
 
@@ -475,7 +475,8 @@ impl Kernel {
         let Stage::Loaded(loaded) = &self.stage else { return };
         let Ok(handoff) = &loaded.handoff else { return };
         let is_steering = handoff.is_steering();
-        let line = if let Some(reason) = self.found_nothing() {
+        let nothing = self.found_nothing();
+        let line = if let Some(reason) = &nothing {
             format!("connections are not handed off: {reason}")
         } else {
             let listeners = self.view().listeners.into_iter();
@@ -483,17 +484,17 @@ impl Kernel {
             let line = format!("new connections go straight to {} (hand-off)", self.backend);
             std::iter::once(line).chain(reasons).collect::<Vec<_>>().join("; ")
         };
-        self.tell(line, self.warns && !is_steering);
+        self.tell(line, nothing.as_deref(), self.warns && !is_steering);
     }
 
-    fn tell(&mut self, line: String, warns: bool) {
+    fn tell(&mut self, line: String, reason: Option<&str>, warns: bool) {
         if self.told.as_ref() == Some(&line) {
             return;
         }
         if warns {
-            warn!("{line}");
+            warn!(event = "handoff", reason, "{line}");
         } else {
-            info!("{line}");
+            info!(event = "handoff", reason, "{line}");
         }
         self.told = Some(line);
     }

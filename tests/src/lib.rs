@@ -10,6 +10,7 @@ pub mod isolated;
 pub mod package;
 pub mod pinned;
 pub mod process;
+pub mod scrape;
 pub mod service;
 pub mod systemd;
 pub mod whoami;

@@ -9,13 +9,14 @@ use crate::build_ebpf::DEBIAN_PACKAGES;
 use crate::{process, say};
 
 /// A Debian package, and a program or file of it that shows whether it is there.
-const PACKAGES: [(&str, &str); 11] = [
+const PACKAGES: [(&str, &str); 12] = [
     ("bpftool", "bpftool"),
     ("curl", "curl"),
     ("dbus", "dbus-daemon"),
     ("dbus-user-session", "/usr/lib/systemd/user/dbus.socket"),
     ("iproute2", "ip"),
     ("man-db", "man"),
+    ("prometheus", "promtool"),
     ("python3", "/usr/bin/python3"),
     ("systemd", "systemctl"),
     ("util-linux", "setpriv"),
@@ -30,8 +31,8 @@ const PEERS: [(&str, &str, &str); 4] = [
     ("nginx", "libnginx-mod-stream", "/usr/lib/nginx/modules/ngx_stream_module.so"),
     ("socat", "socat", "socat"),
 ];
-/// Services that come with them. We need the programs only.
-const PEER_SERVICES: [&str; 2] = ["haproxy.service", "nginx.service"];
+/// Services that come with packages. We need the programs only.
+const SERVICES: [&str; 3] = ["haproxy.service", "nginx.service", "prometheus.service"];
 
 /// Tools from crates.io: package, version, program.
 const CARGO_TOOLS: [(&str, &str, &str); 2] =
@@ -65,7 +66,7 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Installs the peers that are `wanted` by name and missing, without their services. Who may not is told of it: the
+/// Installs the peers that are `wanted` by name and missing. Who may not is told of it: the
 /// benchmark leaves out what is not there.
 pub fn peers(wanted: impl Fn(&str) -> bool) -> anyhow::Result<()> {
     let packages = missing_peers(wanted);
@@ -77,24 +78,7 @@ pub fn peers(wanted: impl Fn(&str) -> bool) -> anyhow::Result<()> {
         say(&format!("some peers are missing; on Debian, as root: `apt-get install {packages}`"));
         return Ok(());
     }
-    let comes_now = |service: &&str| packages.iter().any(|package| service.starts_with(package));
-    let services: Vec<&str> = PEER_SERVICES.into_iter().filter(comes_now).collect();
-    if services.is_empty() {
-        return debian_packages(&packages);
-    }
-    let systemctl =
-        |verb: &[&str]| process::run(Command::new("systemctl").args(verb).arg("--quiet").args(&services));
-    // A masked service is not started when it is installed: nginx would take port 80.
-    let has_systemd = Path::new("/run/systemd/system").exists();
-    if has_systemd {
-        systemctl(&["mask", "--runtime"])?;
-    }
-    let installed = debian_packages(&packages);
-    if has_systemd {
-        systemctl(&["unmask", "--runtime"])?;
-    }
-    installed?;
-    systemctl(&["disable"])
+    debian_packages(&packages)
 }
 
 /// Packages of the peers that are `wanted` by name and not there.
@@ -117,8 +101,29 @@ pub fn can_install() -> bool {
     rustix::process::geteuid().is_root() && process::find("apt-get").is_some()
 }
 
-/// Installs `packages` with apt-get.
+/// Installs `packages`, without their services.
 pub fn debian_packages(packages: &[&str]) -> anyhow::Result<()> {
+    let comes_now = |service: &&str| packages.iter().any(|package| service.starts_with(package));
+    let services: Vec<&str> = SERVICES.into_iter().filter(comes_now).collect();
+    if services.is_empty() {
+        return apt_get(packages);
+    }
+    let systemctl =
+        |verb: &[&str]| process::run(Command::new("systemctl").args(verb).arg("--quiet").args(&services));
+    // A masked service is not started when it is installed: nginx would take port 80.
+    let has_systemd = Path::new("/run/systemd/system").exists();
+    if has_systemd {
+        systemctl(&["mask", "--runtime"])?;
+    }
+    let installed = apt_get(packages);
+    if has_systemd {
+        systemctl(&["unmask", "--runtime"])?;
+    }
+    installed?;
+    systemctl(&["disable"])
+}
+
+fn apt_get(packages: &[&str]) -> anyhow::Result<()> {
     say(&format!("installing {}", packages.join(" ")));
     process::run(Command::new("apt-get").args(["update", "--quiet"]))?;
     let mut install = Command::new("apt-get");

@@ -2,8 +2,10 @@
 //!
 //! Owns: their words and their fields, which `docs/reference/logs.md` explains. Must never: decide anything.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
+use rustix::net::sockopt::socket_cookie;
 use tracing::{debug, error, info};
 
 use crate::activation::Failure;
@@ -73,6 +75,21 @@ pub fn failure(name: &str, failure: &Failure, last: Option<&str>) {
     } else {
         error!(event = "failed", reason, "{name}: {failure}");
     }
+}
+
+/// A client was connected to the backend; its bytes travel by `plane`.
+pub fn flow_opened(client: impl AsFd, plane: &str) {
+    debug!(event = "flow", flow = cookie(client), plane, "a client is connected to the backend");
+}
+
+/// The flow of this client is over.
+pub fn flow_ended(client: impl AsFd) {
+    debug!(event = "flow_end", flow = cookie(client), "a flow is over");
+}
+
+/// The kernel's number of a socket, the same as in `ss --extended` (socket(7), `SO_COOKIE`, Linux 4.12).
+fn cookie(socket: impl AsFd) -> Option<u64> {
+    socket_cookie(socket).ok()
 }
 
 /// A stop that is done, also if somebody was held meanwhile and the next start has begun.

@@ -22,6 +22,7 @@ use super::direction::Tools;
 use super::flow::{LiveFlow, Side, Turn};
 use super::{Command, Mode};
 use crate::clock::{self, Monotonic};
+use crate::report::tell;
 
 /// Events that one wait returns at most.
 const EVENTS_MAX: usize = 256;
@@ -156,6 +157,7 @@ impl<'a> Table<'a> {
         let was_open = flow.is_open();
         match flow.turn(&mut self.tools) {
             Turn::Over => {
+                tell::flow_ended(&flow.end(Side::Client).socket);
                 flow.release(&mut self.tools);
                 self.flows.remove(&id);
                 return;
