@@ -317,7 +317,7 @@ impl EventLoop {
             }
             Woken::Accepted(Err(error)) => {
                 if !std::mem::replace(&mut self.accept_failing, true) {
-                    warn!(%error, "cannot accept clients for now; they wait in the backlog");
+                    warn!("cannot accept clients for now, they wait in the backlog: {error}");
                 }
                 vec![]
             }
@@ -388,7 +388,7 @@ impl EventLoop {
     }
 
     fn translate_change(&self, change: Change) -> Vec<Event> {
-        debug!(?change, "the backend changed");
+        debug!("the backend changed: {change:?}");
         self.hints.nudge();
         match change {
             Change::Up => vec![Event::BackendUp],
@@ -440,12 +440,12 @@ impl EventLoop {
                 vec![if is_stranger { Event::StrangerEnded } else { Event::ClientPaired }]
             }
             Outcome::Refused(client, _, error) if is_stranger => {
-                debug!(%error, "the backend took no connection; the client may not wait for it");
+                debug!("the backend took no connection, the client may not wait for it: {error}");
                 pairing::reset(client);
                 vec![Event::StrangerEnded]
             }
             Outcome::Refused(client, seat, error) => {
-                debug!(%error, "the backend took no connection; the client is held");
+                debug!("the backend took no connection, the client is held: {error}");
                 self.gate.set_open(false);
                 self.hold(client, seat, standing);
                 vec![Event::ClientRefused]
@@ -500,7 +500,7 @@ impl EventLoop {
         let (before, since) = (self.lifecycle.state().clone(), self.lifecycle.since());
         let now = clock::now();
         let totals = self.totals();
-        tracing::trace!(?event, ?before, held = self.lifecycle.held(), "event");
+        tracing::trace!("{event:?} in {before:?}, {} clients held", self.lifecycle.held());
         let was_awake = self.lifecycle.is_awake();
         let commands = self.lifecycle.step(event, &totals, now);
         self.set_gates();
@@ -521,7 +521,7 @@ impl EventLoop {
     }
 
     fn carry_out(&mut self, command: Command) {
-        debug!(?command, "carry out");
+        debug!("carry out {command:?}");
         match command {
             Command::StartBackend => self.start_backend(),
             Command::StopBackend => self.stop_backend(),

@@ -14,7 +14,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tracing::{Event, Level, Subscriber};
 use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::Layer;
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::FmtContext;
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer, debug_fn};
 use tracing_subscriber::layer::{Context, SubscriberExt as _};
@@ -29,6 +29,8 @@ pub const LAST_WORDS: &str = "last_words";
 
 /// Fields for the journal alone: the message has the same facts in words.
 const FIELDS: [&str; 5] = ["event", "flow", "plane", "reason", "latency_usec"];
+/// Libraries that tell everything they do at the level of a flow; they are heard with `--log-level trace`.
+const TALKATIVE: [&str; 3] = ["aya", "aya_obj", "zbus"];
 /// Where the journal takes messages.
 const JOURNAL: &str = "/run/systemd/journal/socket";
 /// Who says it, as `journalctl --identifier` finds it.
@@ -47,7 +49,7 @@ pub fn begin(run: &RunArgs) {
             name if FIELDS.contains(&name) => Ok(()),
             name => write!(writer, " {name}={value:?}"),
         }));
-    let lines = tracing_subscriber::registry().with(LevelFilter::from_level(level.level()));
+    let lines = tracing_subscriber::registry().with(heard(level));
     if for_journal {
         let target = level == LogLevel::Trace;
         let format = tracing_subscriber::fmt::format().without_time().with_level(false).with_target(target);
@@ -56,6 +58,13 @@ pub fn begin(run: &RunArgs) {
     } else {
         lines.with(stderr).init();
     }
+}
+
+/// Which lines are wanted.
+fn heard(level: LogLevel) -> Targets {
+    let all = Targets::new().with_default(level.level());
+    let libraries = if level == LogLevel::Debug { LevelFilter::INFO } else { level.level().into() };
+    all.with_targets(TALKATIVE.map(|library| (library, libraries)))
 }
 
 /// The journal's own protocol. None: nobody takes messages there.

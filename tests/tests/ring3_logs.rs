@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, ensure};
 use drowse_tests::deadline::eventually;
 use drowse_tests::service::{Installation, SOON, with_drowse};
+use drowse_tests::workspace;
 use serde_json::Value;
 
 const ECHO: &str = env!("CARGO_BIN_EXE_echo-backend");
@@ -80,6 +81,15 @@ fn a_wake_and_a_stop_have_their_fields_in_the_journal() -> Result<()> {
             all.iter().filter(has).count()
         };
         ensure!(about("is awake after") == 1 && about("is asleep") == 1, "{all:#?}");
+
+        let reference = std::fs::read_to_string(workspace().join("docs/reference/logs.md"))?;
+        let is_told = |word: &str| reference.contains(&format!("| `{word}` |"));
+        for message in &all {
+            let fields = message.keys().filter(|field| field.starts_with("DROWSE_"));
+            for word in fields.map(String::as_str).chain(text(message, "DROWSE_EVENT").ok()) {
+                ensure!(is_told(word), "{word} is not in the reference: {message:?}");
+            }
+        }
         Ok(())
     })
 }

@@ -106,7 +106,7 @@ impl Notifier {
         match socket.send(message.as_bytes()) {
             Ok(_) => true,
             Err(error) => {
-                tracing::debug!(message, "the service manager does not listen: {error}");
+                tracing::debug!("the service manager does not take {message:?}: {error}");
                 false
             }
         }
