@@ -13,34 +13,37 @@ use crate::workspace;
 
 /// Where the package is inside.
 pub const PACKAGE: &str = "/root/drowse.deb";
+/// Where the tarball is inside.
+pub const TARBALL: &str = "/root/drowse.tar.gz";
 const DATABASE: &str = "/var/lib/dpkg";
 
-/// Boots a system that has `echo-backend` and the package at [`PACKAGE`], not installed; runs `test`, and adds the
-/// journal to its error.
+/// Boots a system that has `echo-backend`, the package at [`PACKAGE`] and the tarball at [`TARBALL`], neither of them
+/// installed; runs `test`, and adds the journal to its error.
 ///
 /// # Errors
 /// The boot's, or the test's, or there is no package.
 pub fn with_package(echo_backend: &str, test: impl FnOnce(&Installation) -> Result<()>) -> Result<()> {
-    let package = package()?;
+    let (package, tarball) = (made("deb")?, made("gz")?);
     let systemd = Systemd::boot_with(&Options::new().bind(echo_backend, "/usr/bin/echo-backend"))?;
     // The boot makes it for tests that install by hand.
     fs::remove_dir(systemd.path("/etc/drowse")).context("remove /etc/drowse")?;
     copy_database(&systemd)?;
     systemd.install(package, PACKAGE)?;
+    systemd.install(tarball, TARBALL)?;
     with_journal(&Installation { systemd }, test)
 }
 
-/// The package that `cargo xtask dist` made.
+/// The package (`deb`) or tarball (`gz`) that `cargo xtask dist` made.
 ///
 /// # Errors
 /// There is none, or more than one.
-pub fn package() -> Result<PathBuf> {
+pub fn made(end: &str) -> Result<PathBuf> {
     let dist = workspace().join("target/dist");
     let entries = fs::read_dir(&dist).into_iter().flatten().flatten().map(|entry| entry.path());
-    let packages: Vec<_> = entries.filter(|path| path.extension().is_some_and(|end| end == "deb")).collect();
-    match packages.as_slice() {
-        [package] => Ok(package.clone()),
-        found => bail!("one package is needed in {}, not {found:?}: run cargo xtask dist", dist.display()),
+    let made: Vec<_> = entries.filter(|path| path.extension().is_some_and(|found| found == end)).collect();
+    match made.as_slice() {
+        [file] => Ok(file.clone()),
+        found => bail!("one .{end} is needed in {}, not {found:?}: run cargo xtask dist", dist.display()),
     }
 }
 

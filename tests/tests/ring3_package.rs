@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
 use anyhow::{Context, Result, ensure};
 use drowse_tests::deadline::eventually;
-use drowse_tests::package::{PACKAGE, package, with_package};
+use drowse_tests::package::{PACKAGE, TARBALL, made, with_package};
 use drowse_tests::service::{Installation, SOON, http_get, with_deadline};
 use drowse_tests::systemd::Systemd;
 use drowse_tests::whoami;
@@ -96,6 +96,42 @@ fn an_installed_package_wakes_a_service() -> Result<()> {
     })
 }
 
+/// The commands are those of the tarball's own INSTALL.
+#[test]
+fn an_unpacked_tarball_wakes_a_service_and_goes_without_a_trace() -> Result<()> {
+    with_package(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        let before = files(systemd)?;
+        systemd.call(["mkdir", "/root/unpacked"])?;
+        systemd.call(["tar", "-C", "/root/unpacked", "--strip-components=1", "-xf", TARBALL])?;
+        let text = fs::read_to_string(systemd.path("/root/unpacked/INSTALL")).context("read INSTALL")?;
+        let (install, remove) = text.split_once("To remove").context("find how to remove it")?;
+        let follow = |text: &str| -> Result<()> {
+            let commands: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("    ")).collect();
+            ensure!(commands.len() > 3, "{text}");
+            systemd.call(["sh", "-euc", &format!("cd /root/unpacked\n{}", commands.join("\n"))]).map(drop)
+        };
+        follow(install)?;
+        set_up_dice(systemd)?;
+        roll(installation)?;
+        let drowse = running(systemd, "drowse@dice.service")?;
+        follow(install).context("again, as for an upgrade")?;
+        ensure!(running(systemd, "drowse@dice.service")?.0 != drowse.0, "the old drowse still runs");
+        roll(installation)?;
+
+        follow(remove)?;
+        ensure_nothing_failed(systemd)?;
+        systemd.systemctl(["stop", "dice.service"])?;
+        let own = "/root/unpacked /usr/local/bin/dice.py /etc/systemd/system/dice.service \
+                   /etc/systemd/system/drowse@dice.socket.d /etc/drowse";
+        systemd.call(["rm", "-r"].into_iter().chain(own.split_whitespace()))?;
+        let after = files(systemd)?;
+        let left: Vec<_> = after.difference(&before).filter(|file| !file.starts_with("d ")).collect();
+        ensure!(left.is_empty(), "left behind: {left:#?}");
+        Ok(())
+    })
+}
+
 /// The pages and the completions are made of the same definition as `--help`: each option is in all of them.
 #[test]
 fn manual_and_completions_know_every_option() -> Result<()> {
@@ -160,7 +196,7 @@ fn newer_package(systemd: &Systemd) -> Result<()> {
         ensure!(output.status.success(), "{output:?}");
         Ok(())
     };
-    dpkg_deb(&[Path::new("--raw-extract"), &package()?, &tree])?;
+    dpkg_deb(&[Path::new("--raw-extract"), &made("deb")?, &tree])?;
     let control = tree.join("DEBIAN/control");
     let text = fs::read_to_string(&control)?;
     let version = concat!("Version: ", env!("CARGO_PKG_VERSION"), "\n");

@@ -39,10 +39,23 @@ const SCRIPTS: [(&str, &str); 3] = [
     ("prerm", include_str!("../debian/prerm")),
     ("postrm", include_str!("../debian/postrm")),
 ];
+/// Its indented lines are commands.
 const INSTALL: &str = "\
-As root, in this directory:
-    cp -r --no-preserve=ownership usr/. /usr/ && systemd-sysusers && systemd-tmpfiles --create; systemctl daemon-reload
-Then follow /usr/share/doc/drowse/units/README.md. To remove it, stop `drowse@*` and delete what `find usr -type f` lists.
+To install or to upgrade, as root in this directory:
+
+    cp -r --preserve=mode --remove-destination usr/. /usr/
+    systemd-sysusers
+    systemd-tmpfiles --create
+    systemctl daemon-reload
+    systemctl try-restart 'drowse@*.service'
+
+Then follow /usr/share/doc/drowse/units/README.md. To remove it, as root in this directory:
+
+    systemctl stop 'drowse@*.socket' 'drowse@*.service'
+    rm -f /etc/systemd/system/*.wants/drowse@*
+    find usr -type f -printf '/%p\\0' | xargs -0 rm -f
+    rm -rf /usr/share/doc/drowse /run/drowse /sys/fs/bpf/drowse
+    systemctl daemon-reload
 ";
 
 /// Builds everything and packs it.

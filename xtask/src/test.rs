@@ -16,6 +16,8 @@ pub struct TestArgs {
 
 /// Rings that need no privileges.
 const UNPRIVILEGED: &str = "not (binary(/^ring2/) or binary(/^ring3/))";
+/// Everything but the tests of the Debian package.
+const WITHOUT_DPKG: &str = "not binary(ring3_package)";
 
 /// Installs what is missing, then runs lints, the packaging with its eBPF build, rings 0 to 3 and a short benchmark.
 pub fn run(args: &TestArgs) -> anyhow::Result<()> {
@@ -33,6 +35,9 @@ pub fn run(args: &TestArgs) -> anyhow::Result<()> {
     if !is_root {
         say("not root: rings 2 (kernel) and 3 (a booted systemd) do not run; run this as root to have them");
         nextest.args(["--filterset", UNPRIVILEGED]);
+    } else if process::find("dpkg-deb").is_none() {
+        say("no dpkg-deb here: the tests of the packages do not run; run this on Debian to have them");
+        nextest.args(["--filterset", WITHOUT_DPKG]);
     }
     process::run(&mut nextest)?;
     say("a short benchmark, to see that it works");
