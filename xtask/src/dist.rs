@@ -79,11 +79,10 @@ pub fn run() -> anyhow::Result<()> {
     manual(&dist.join("manual"), &tree, epoch)?;
     units(&tree)?;
     documents(&tree)?;
-    let needs = needs(&tree.join("usr/bin/drowse"))?;
 
     let mut made = vec![tarball(&dist, &tree, epoch)?];
     match process::find("dpkg-deb") {
-        Some(dpkg_deb) => made.push(package(&dpkg_deb, &dist, &tree, &needs, epoch)?),
+        Some(dpkg_deb) => made.push(package(&dpkg_deb, &dist, &tree, epoch)?),
         None => say("no dpkg-deb here: there is only the tarball"),
     }
     remove(&tree)?;
@@ -136,8 +135,10 @@ fn program(tree: &Path) -> anyhow::Result<()> {
 fn manual(made: &Path, tree: &Path, epoch: u64) -> anyhow::Result<()> {
     say("man pages and completions");
     let date = process::output(Command::new("date").args(["-u", "-d", &format!("@{epoch}"), "+%F"]))?;
-    let mut write = Command::new("cargo");
-    write.args(["run", "--quiet", "--locked", "--package", "drowse", "--example", "manual", "--"]);
+    // Of the whole workspace, as the tests are built: a package by itself is built with other features, so again.
+    let build = ["build", "--quiet", "--locked", "--workspace", "--example", "manual"];
+    process::run(Command::new("cargo").args(build))?;
+    let mut write = Command::new(workspace().join("target/debug/examples/manual"));
     process::run(write.arg(made).arg(date.context("date failed")?))?;
     for (name, place) in COMPLETIONS {
         copy(&made.join(name), &tree.join(place))?;
@@ -299,7 +300,7 @@ fn tarball(dist: &Path, tree: &Path, epoch: u64) -> anyhow::Result<PathBuf> {
     Ok(file)
 }
 
-fn package(dpkg_deb: &Path, dist: &Path, tree: &Path, needs: &str, epoch: u64) -> anyhow::Result<PathBuf> {
+fn package(dpkg_deb: &Path, dist: &Path, tree: &Path, epoch: u64) -> anyhow::Result<PathBuf> {
     let architecture = process::output(Command::new("dpkg").arg("--print-architecture"))?;
     let architecture = architecture.context("dpkg does not know this machine's architecture")?;
     let files = files(tree)?;
@@ -314,7 +315,7 @@ fn package(dpkg_deb: &Path, dist: &Path, tree: &Path, needs: &str, epoch: u64) -
         .replace("@VERSION@", VERSION)
         .replace("@ARCHITECTURE@", &architecture)
         .replace("@KIBIBYTES@", &bytes.div_ceil(1024).to_string())
-        .replace("@DEPENDS@", needs);
+        .replace("@DEPENDS@", &needs(&tree.join("usr/bin/drowse"))?);
     let debian = tree.join("DEBIAN");
     write(&debian.join("control"), &control)?;
     write(&debian.join("md5sums"), &(sums + "\n"))?;
