@@ -1,10 +1,11 @@
 //! The command line, parsed into checked types. Every default and every limit of user space lives here.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
 use crate::address::Address;
@@ -39,10 +40,156 @@ pub struct Cli {
 pub enum Action {
     /// Proxy one service, waking and stopping its backend
     Run(Box<RunArgs>),
-    /// Show what every running drowse does, or all about one: why is it awake, how do its bytes travel
+    /// Let a systemd service sleep until its first connection: check, write the units' settings, start the socket
+    Enable(Box<EnableArgs>),
+    /// Undo what enable did to a service
+    Disable(DisableArgs),
+    /// Show what sleeps and what is awake, or all about one: why is it awake, how do its bytes travel
     Status(StatusArgs),
     /// Show what is possible on this machine and how to get the rest
     Check(LookArgs),
+}
+
+/// The options of `drowse enable`.
+#[derive(Clone, Debug, Args)]
+pub struct EnableArgs {
+    /// The service that is to sleep: NAME or NAME.service
+    pub unit: String,
+
+    /// Where clients connect: IP:PORT, [V6]:PORT, :PORT, /path or @abstract. May be given more than once
+    #[arg(long, value_name = "ADDR", required = true)]
+    pub listen: Vec<Address>,
+
+    /// Where the service itself accepts connections
+    #[arg(long, value_name = "ADDR")]
+    pub backend: Address,
+
+    /// The service belongs to the user's systemd, not to the system's
+    #[arg(long)]
+    pub user: bool,
+
+    /// Show what would be written and done, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Connect to the first listener at the end, and show how the service wakes
+    #[arg(long = "try", conflicts_with = "dry_run")]
+    pub try_out: bool,
+
+    /// Options of `drowse run`.
+    #[command(flatten)]
+    pub options: RunOptions,
+}
+
+/// The options of `drowse disable`.
+#[derive(Clone, Debug, Args)]
+pub struct DisableArgs {
+    /// The service: NAME or NAME.service
+    pub unit: String,
+
+    /// The service belongs to the user's systemd, not to the system's
+    #[arg(long)]
+    pub user: bool,
+
+    /// Show what would be removed and done, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// Options of `drowse run` that were given to `drowse enable`, which writes them down. Their definition is that of
+/// [`RunArgs`]: whatever can come from the environment there can be given here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RunOptions(Vec<RunOption>);
+
+/// An option of `drowse run` as it was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunOption {
+    /// `idle-time`
+    pub long: String,
+    /// `DROWSE_IDLE_TIME`
+    pub variable: String,
+    /// `15min`; nothing for an option that takes no value.
+    pub value: Option<String>,
+}
+
+/// Options of `drowse run` that `drowse enable` decides by itself, or has in a form of its own.
+const SET_BY_ENABLE: [&str; 6] = ["listen", "backend", "unit", "user", "name", "runtime_dir"];
+
+fn run_command() -> Command {
+    RunArgs::augment_args(Command::new("drowse run"))
+}
+
+impl RunOptions {
+    /// The options, in the order of `drowse run --help`.
+    #[must_use]
+    pub fn given(&self) -> &[RunOption] {
+        &self.0
+    }
+}
+
+impl FromArgMatches for RunOptions {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let command = run_command();
+        let mut given = Vec::new();
+        for arg in command.get_arguments().filter(|arg| is_configuration(arg)) {
+            let id = arg.get_id().as_str();
+            let (Some(long), Some(variable)) = (arg.get_long(), arg.get_env().and_then(OsStr::to_str)) else {
+                continue;
+            };
+            if matches.value_source(id) != Some(ValueSource::CommandLine) {
+                continue;
+            }
+            let values: Vec<&str> =
+                matches.get_raw(id).into_iter().flatten().filter_map(OsStr::to_str).collect();
+            // Several values in one variable are parted as `--listen` has it.
+            let value = arg.get_action().takes_values().then(|| values.join(" "));
+            given.push(RunOption { long: long.to_owned(), variable: variable.to_owned(), value });
+        }
+        Ok(Self(given))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for RunOptions {
+    fn augment_args(command: Command) -> Command {
+        let run = run_command();
+        let options = run.get_arguments().filter(|arg| is_configuration(arg)).cloned();
+        command.args(options.map(|arg| arg.env(None::<&'static str>)))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+fn is_configuration(arg: &clap::Arg) -> bool {
+    arg.get_env().is_some() && !SET_BY_ENABLE.contains(&arg.get_id().as_str())
+}
+
+impl EnableArgs {
+    /// What `drowse run` will be told in front of `unit`, checked as it will check it.
+    ///
+    /// # Errors
+    /// One line for people.
+    pub fn run_args(&self, unit: &str) -> Result<RunArgs, String> {
+        let options = self.options.given().iter().map(|option| match &option.value {
+            Some(value) => format!("--{}={value}", option.long),
+            None => format!("--{}", option.long),
+        });
+        let line = ["drowse run".to_owned(), format!("--backend={}", self.backend), format!("--unit={unit}")]
+            .into_iter()
+            .chain(options);
+        // What is in our own environment is not what the service will have in its.
+        let command = run_command().mut_args(|arg| arg.env(None::<&'static str>));
+        let matches = command.try_get_matches_from(line).map_err(|error| error.to_string())?;
+        let run = RunArgs::from_arg_matches(&matches).map_err(|error| error.to_string())?;
+        run.check(self.listen.len())?;
+        Ok(run)
+    }
 }
 
 /// The options of `drowse status`.
@@ -411,6 +558,44 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    fn enable(args: &[&str]) -> Result<EnableArgs, clap::Error> {
+        let line = ["drowse", "enable", "web", "--listen", ":80", "--backend", ":8081"].iter().chain(args);
+        let Action::Enable(enable) = Cli::try_parse_from(line)?.action else { panic!("not enable") };
+        Ok(*enable)
+    }
+
+    #[test]
+    fn enable_takes_what_run_takes_from_its_environment() {
+        let command = run_command();
+        for arg in command.get_arguments().filter(|arg| arg.get_env().is_some()) {
+            let taken = enable(&[]).is_ok_and(|_| {
+                let line = RunOptions::augment_args(Command::new("x"));
+                line.get_arguments().any(|other| other.get_id() == arg.get_id())
+            });
+            assert_ne!(taken, SET_BY_ENABLE.contains(&arg.get_id().as_str()), "{}", arg.get_id());
+        }
+        let given = enable(&["--idle-time", "2h 30s", "--plane=copy"]).unwrap();
+        let written: Vec<_> = given
+            .options
+            .given()
+            .iter()
+            .map(|option| format!("{}={}", option.variable, option.value.as_deref().unwrap_or("-")))
+            .collect();
+        assert_eq!(written, ["DROWSE_PLANE=copy", "DROWSE_IDLE_TIME=2h 30s"]);
+        let run = given.run_args("web.service").unwrap();
+        assert_eq!((run.idle_time, run.plane), (Duration::from_secs(7230), PlaneChoice::Copy));
+        assert!(enable(&[]).unwrap().options.given().is_empty(), "defaults are not written down");
+    }
+
+    #[test]
+    fn enable_refuses_what_run_would_refuse() {
+        for wrong in [&["--idle-time", "soon"][..], &["--unit", "x.service"], &["--try", "--dry-run"]] {
+            assert!(enable(wrong).is_err(), "{wrong:?}");
+        }
+        let contradiction = enable(&["--idle-policy", "traffic", "--idle-time", "0"]).unwrap();
+        assert!(contradiction.run_args("web.service").is_err());
     }
 
     #[test]

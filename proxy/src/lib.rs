@@ -23,5 +23,6 @@ pub mod plane;
 pub mod privileges;
 pub mod readiness;
 pub mod report;
+pub mod setup;
 pub mod sockets;
 pub mod sys;

@@ -1,6 +1,6 @@
 //! The program `drowse`: arguments in, exit status out. The only place that reports a fatal error.
 
-use std::io::Write as _;
+use std::io::{Stdout, Write as _};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use drowse::config::{Action, Cli, RunArgs};
 use drowse::listener::Passed;
 use drowse::log;
 use drowse::report::{Said, check, status};
+use drowse::setup::{self, Ended};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Wrong arguments; clap uses the same.
@@ -19,6 +20,8 @@ const LAST_WORDS_TIME: Duration = Duration::from_secs(1);
 fn main() -> ExitCode {
     match Cli::parse().action {
         Action::Run(run) => serve(*run),
+        Action::Enable(args) => set_up(async |out| setup::enable(&args, out).await),
+        Action::Disable(args) => set_up(async |out| setup::disable(&args, out).await),
         Action::Status(args) => tell(status::status(&args)),
         Action::Check(args) => tell(check::check(&args)),
     }
@@ -36,6 +39,21 @@ fn tell(look: impl Future<Output = anyhow::Result<Said>>) -> ExitCode {
         let _nobody_listens = writeln!(std::io::stderr(), "drowse: {note}");
     }
     if said.success && written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Carries out a command that says what it does while it does it.
+fn set_up(command: impl AsyncFnOnce(&mut Stdout) -> anyhow::Result<Ended>) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let ended =
+        runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(command(&mut std::io::stdout())));
+    match ended {
+        Ok(Ended::Well) => ExitCode::SUCCESS,
+        Ok(Ended::Refused) => ExitCode::FAILURE,
+        Err(error) => {
+            let _nobody_listens = writeln!(std::io::stderr(), "drowse: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn serve(run: RunArgs) -> ExitCode {

@@ -8,6 +8,7 @@
 //! ends as `canceled`; what `org.freedesktop.systemd1(5)` calls `ActiveState` is the unit's state.
 
 mod link;
+pub mod manager;
 mod restrictions;
 mod unit;
 
@@ -18,6 +19,7 @@ use std::time::Duration;
 
 use tokio::sync::broadcast;
 use tokio::task::JoinSet;
+use zbus::connection;
 
 use self::link::{Event, Shared};
 use self::unit::{ActiveState, Unit};
@@ -37,6 +39,16 @@ pub enum Bus {
     Address(String),
 }
 
+impl Bus {
+    fn builder(&self) -> connection::Builder<'_> {
+        match self {
+            Self::System => connection::Builder::system(),
+            Self::User => connection::Builder::session(),
+            Self::Address(address) => connection::Builder::address(address.as_str()),
+        }
+    }
+}
+
 impl fmt::Display for Bus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -45,6 +57,14 @@ impl fmt::Display for Bus {
             Self::Address(address) => write!(f, "the bus at {address}"),
         }
     }
+}
+
+/// Whether `name` can be that of a unit that sleeps and wakes.
+///
+/// # Errors
+/// It cannot, with the next step (result `invalid-name`).
+pub fn check_unit_name(name: &str) -> Result<(), Failure> {
+    Unit::parse(name, &Bus::System).map(drop)
 }
 
 /// Starts and stops one unit of systemd. Its one task ends with it.

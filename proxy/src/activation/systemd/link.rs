@@ -20,21 +20,21 @@ use futures_util::future::{OptionFuture, try_join_all};
 use tokio::sync::{Notify, broadcast, watch};
 use zbus::export::serde::Serialize;
 use zbus::wire::{OwnedObjectPath, OwnedVariant};
-use zbus::{Connection, DBusError, DynamicType, Message, MessageStream, connection};
+use zbus::{Connection, DBusError, DynamicType, Message, MessageStream};
 
 use super::unit::{ActiveState, End, Unit, object_path};
 use super::{Bus, restrictions};
 use crate::activation::Failure;
 
-const SYSTEMD: &str = "org.freedesktop.systemd1";
-const SYSTEMD_PATH: &str = "/org/freedesktop/systemd1";
-const MANAGER: &str = "org.freedesktop.systemd1.Manager";
+pub(super) const SYSTEMD: &str = "org.freedesktop.systemd1";
+pub(super) const SYSTEMD_PATH: &str = "/org/freedesktop/systemd1";
+pub(super) const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
 const SERVICE: &str = "org.freedesktop.systemd1.Service";
 const SLICE: &str = "org.freedesktop.systemd1.Slice";
 const SOCKET: &str = "org.freedesktop.systemd1.Socket";
-const DBUS: &str = "org.freedesktop.DBus";
-const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
+pub(super) const DBUS: &str = "org.freedesktop.DBus";
+pub(super) const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 
 /// How long a broken connection rests before it is made again; doubles up to the second figure.
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
@@ -71,7 +71,7 @@ pub(super) struct Facts {
 
 /// The reply of `ListUnitsByNames`: name, description, load state, active state, sub state, followed unit, object
 /// path, job id, job type, job path.
-type ListedUnit =
+pub(super) type ListedUnit =
     (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
 
 /// A subscribed connection and its signals, not read yet.
@@ -173,12 +173,7 @@ impl Shared {
 
     /// Makes a connection and subscribes, in as few round trips as there can be.
     async fn open(&self) -> Result<Link, Failure> {
-        let builder = match &self.bus {
-            Bus::System => connection::Builder::system(),
-            Bus::User => connection::Builder::session(),
-            Bus::Address(address) => connection::Builder::address(address.as_str()),
-        };
-        let conn = self.limited(builder.build()).await.map_err(|error| self.no_bus(&error))?;
+        let conn = self.limited(self.bus.builder().build()).await.map_err(|error| self.no_bus(&error))?;
         let signals = MessageStream::from(&conn);
         let subscribed = async {
             let rules =
@@ -595,7 +590,7 @@ impl Shared {
 }
 
 /// The name and the text of an error that the other side sent.
-fn method_error(error: &zbus::Error) -> Option<(String, String)> {
+pub(super) fn method_error(error: &zbus::Error) -> Option<(String, String)> {
     if let zbus::Error::MethodError(name, text, _) = error {
         return Some((name.to_string(), text.clone().unwrap_or_default()));
     }
@@ -605,7 +600,7 @@ fn method_error(error: &zbus::Error) -> Option<(String, String)> {
     None
 }
 
-fn is_named(error: &zbus::Error, name: &str) -> bool {
+pub(super) fn is_named(error: &zbus::Error, name: &str) -> bool {
     method_error(error).is_some_and(|(error, _)| error == name)
 }
 

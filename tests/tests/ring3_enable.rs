@@ -1,0 +1,217 @@
+//! `drowse enable` and `drowse disable` under a real systemd: from a service that runs to one that sleeps, and back.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::Output;
+
+use anyhow::{Context, Result, ensure};
+use drowse_tests::service::{Installation, with_drowse};
+
+const ECHO: &str = env!("CARGO_BIN_EXE_echo-backend");
+const ADDRESSES: [&str; 4] = ["--listen", "127.0.0.1:8080", "--backend", "127.0.0.1:8081"];
+
+/// `web.service`, which is started at boot.
+fn web(installation: &Installation, arguments: &str) -> Result<()> {
+    let unit = format!(
+        "[Service]\nType=notify\nExecStart=/usr/bin/echo-backend 127.0.0.1:8081 --notify {arguments}\n\
+         [Install]\nWantedBy=multi-user.target\nAlias=site.service\n"
+    );
+    installation.unit("web", &unit)?;
+    installation.systemd.systemctl(["enable", "web.service"]).map(drop)
+}
+
+/// Every file, directory and link below the directories where enable writes, with mode and content.
+fn tree(installation: &Installation, directories: &[&str]) -> Result<BTreeMap<String, String>> {
+    fn add(path: &Path, tree: &mut BTreeMap<String, String>) -> Result<()> {
+        let found = fs::symlink_metadata(path)?;
+        let what = if found.is_symlink() {
+            format!("-> {}", fs::read_link(path)?.display())
+        } else if found.is_dir() {
+            for entry in fs::read_dir(path)? {
+                add(&entry?.path(), tree)?;
+            }
+            "directory".to_owned()
+        } else {
+            fs::read_to_string(path)?
+        };
+        tree.insert(path.display().to_string(), format!("{:o} {what}", found.permissions().mode()));
+        Ok(())
+    }
+    let mut all = BTreeMap::new();
+    for directory in directories {
+        let path = installation.systemd.path(directory);
+        if path.exists() {
+            add(&path, &mut all)?;
+        }
+    }
+    Ok(all)
+}
+
+const SYSTEM: [&str; 3] = ["/etc/systemd", "/etc/drowse", "/run/systemd/system"];
+
+fn drowse(installation: &Installation, command: &str, words: &[&str]) -> Result<Output> {
+    let line = ["drowse", command, "web"].into_iter().chain(words.iter().copied());
+    let output = installation.systemd.run(line)?;
+    println!("# drowse {command} web {}\n{}", words.join(" "), text(&output));
+    Ok(output)
+}
+
+fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// It succeeds; what it says.
+fn well(installation: &Installation, command: &str, words: &[&str]) -> Result<String> {
+    let output = drowse(installation, command, words)?;
+    ensure!(output.status.success(), "{}", text(&output));
+    Ok(text(&output))
+}
+
+/// It says all of `parts` and fails, and changes nothing.
+fn refused(installation: &Installation, command: &str, words: &[&str], parts: &[&str]) -> Result<()> {
+    let before = tree(installation, &SYSTEM)?;
+    let output = drowse(installation, command, words)?;
+    ensure!(output.status.code() == Some(1), "{}", text(&output));
+    for part in parts {
+        ensure!(text(&output).contains(part), "no '{part}' in:\n{}", text(&output));
+    }
+    ensure!(tree(installation, &SYSTEM)? == before, "something changed");
+    Ok(())
+}
+
+fn property(installation: &Installation, unit: &str, property: &str) -> Result<String> {
+    installation.systemd.property(unit, property)
+}
+
+fn state(installation: &Installation, unit: &str) -> Result<String> {
+    property(installation, unit, "ActiveState")
+}
+
+#[test]
+fn a_service_that_runs_goes_to_sleep_and_back() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        web(installation, "")?;
+        let systemd = &installation.systemd;
+        systemd.systemctl(["start", "web.service"])?;
+        let before = tree(installation, &SYSTEM)?;
+        let words =
+            [&ADDRESSES[..], &["--idle-time", "1s", "--busy-command", "test \"$0\" = '%i' # \\"]].concat();
+
+        let shown = well(installation, "enable", &[&words[..], &["--dry-run"]].concat())?;
+        ensure!(
+            shown.contains("+++ /etc/drowse/web.conf") && shown.contains("+ListenStream=127.0.0.1:8080"),
+            "{shown}"
+        );
+        ensure!(tree(installation, &SYSTEM)? == before, "a dry run changed something");
+        ensure!(state(installation, "drowse@web.socket")? == "inactive");
+
+        let began = drowse::clock::now();
+        let said = well(installation, "enable", &words)?;
+        println!("enabled in {:?}", drowse::clock::now().saturating_sub(began));
+        ensure!(said.contains("web.service runs and is started at boot"), "{said}");
+        ensure!(property(installation, "web.service", "UnitFileState")? == "disabled");
+        ensure!(property(installation, "drowse@web.socket", "UnitFileState")? == "enabled");
+        ensure!(state(installation, "web.service")? == "active", "it was stopped");
+        // systemd's own reading of what was written.
+        let pid = property(installation, "drowse@web.service", "MainPID")?;
+        let environment = fs::read_to_string(systemd.path(&format!("/proc/{pid}/environ")))?;
+        ensure!(environment.contains("\0DROWSE_BUSY_COMMAND=test \"$0\" = '%i' # \\\0"), "{environment:?}");
+        ensure!(fs::metadata(systemd.path("/etc/drowse/web.conf"))?.permissions().mode() & 0o777 == 0o644);
+
+        installation.wait_asleep("web").context("it sleeps without a first client")?;
+        installation.ask()?;
+        installation.wait_asleep("web")?;
+        let status = systemd.call(["drowse", "status"])?;
+        ensure!(status.contains("web") && status.contains("asleep"), "{status}");
+
+        let again = well(installation, "enable", &words)?;
+        ensure!(again.starts_with("web.service") && again.contains("nothing to change"), "{again}");
+        let undone = well(installation, "disable", &["--dry-run"])?;
+        ensure!(undone.contains("--- /etc/drowse/web.conf") && undone.contains("+++ /dev/null"), "{undone}");
+        let undone = well(installation, "disable", &[])?;
+        ensure!(undone.contains("multi-user.target.wants/web.service"), "{undone}");
+        let after = tree(installation, &SYSTEM)?;
+        ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
+        ensure!(state(installation, "web.service")? == "active", "what was started at boot runs again");
+        ensure!(property(installation, "web.service", "UnitFileState")? == "enabled");
+        ensure!(state(installation, "drowse@web.socket")? == "inactive");
+        ensure!(well(installation, "disable", &[])?.contains("nothing to change"));
+        Ok(())
+    })
+}
+
+#[test]
+fn every_problem_is_told_at_once_and_nothing_changes() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        refused(installation, "enable", &ADDRESSES, &["there is no web.service", "list-unit-files"])?;
+        web(installation, "")?;
+        for (name, port) in [("taker", 8080), ("stranger", 8081)] {
+            let unit = format!(
+                "[Service]\nType=notify\nExecStart=/usr/bin/echo-backend 127.0.0.1:{port} --notify\n"
+            );
+            installation.unit(name, &unit)?;
+            systemd.systemctl(["start", &format!("{name}.service")])?;
+        }
+        systemd.systemctl(["mask", "--runtime", "drowse@web.service"])?;
+        let more = ["--listen", "192.0.2.1:80", "--listen", "localhost:81", "--connections-max", "1000000"];
+        refused(
+            installation,
+            "enable",
+            &[&ADDRESSES[..], &more].concat(),
+            &[
+                "--listen 127.0.0.1:8080 is taken by echo-backend (process ",
+                ", taker.service)",
+                ", stranger.service) listens at its address 127.0.0.1:8081: drowse would not start it",
+                "--listen 192.0.2.1:80: this machine has no such address",
+                "--listen localhost:81: systemd looks no name up",
+                "drowse@web.service is masked",
+                "--connections-max=1000000 needs",
+            ],
+        )?;
+        systemd.systemctl(["unmask", "--runtime", "drowse@web.service"])?;
+        systemd.systemctl(["stop", "taker.service", "stranger.service"])?;
+        systemd.systemctl(["mask", "web.service"])?;
+        refused(
+            installation,
+            "enable",
+            &ADDRESSES,
+            &["web.service is masked", "systemctl unmask web.service"],
+        )?;
+        systemd.systemctl(["unmask", "web.service"])?;
+
+        systemd.systemctl(["start", "web.service"])?;
+        let same = ["--listen", ":8081", "--backend", "127.0.0.1:8081"];
+        refused(
+            installation,
+            "enable",
+            &same,
+            &["web.service itself listens at :8081", "takes in the backend's own"],
+        )?;
+        installation.socket("web", "127.0.0.1:8080")?;
+        refused(
+            installation,
+            "enable",
+            &ADDRESSES,
+            &["listen.conf has addresses for drowse@web.socket already"],
+        )?;
+        installation.configure("web", "DROWSE_BACKEND=127.0.0.1:1\n")?;
+        refused(
+            installation,
+            "enable",
+            &ADDRESSES,
+            &["/etc/drowse/web.conf was not written by drowse enable"],
+        )?;
+        refused(installation, "disable", &[], &["/etc/drowse/web.conf was written by hand"])?;
+        fs::remove_file(systemd.path("/usr/lib/systemd/system/drowse@.socket"))?;
+        systemd.systemctl(["daemon-reload"])?;
+        refused(
+            installation,
+            "enable",
+            &ADDRESSES,
+            &["drowse's own units are not installed (drowse@web.socket not"],
+        )
+    })
+}
