@@ -7,7 +7,9 @@ use std::path::Path;
 use std::process::Output;
 
 use anyhow::{Context, Result, ensure};
-use drowse_tests::service::{Installation, with_drowse};
+use drowse_tests::deadline::eventually;
+use drowse_tests::service::{Installation, SOON, connect_unix, http_get, with_drowse};
+use drowse_tests::workspace;
 
 const ECHO: &str = env!("CARGO_BIN_EXE_echo-backend");
 const ADDRESSES: [&str; 4] = ["--listen", "127.0.0.1:8080", "--backend", "127.0.0.1:8081"];
@@ -173,14 +175,13 @@ fn every_problem_is_told_at_once_and_nothing_changes() -> Result<()> {
         )?;
         systemd.systemctl(["unmask", "--runtime", "drowse@web.service"])?;
         systemd.systemctl(["stop", "taker.service", "stranger.service"])?;
-        systemd.systemctl(["mask", "web.service"])?;
-        refused(
-            installation,
-            "enable",
-            &ADDRESSES,
-            &["web.service is masked", "systemctl unmask web.service"],
-        )?;
-        systemd.systemctl(["unmask", "web.service"])?;
+        systemd.systemctl(["mask", "hidden.service"])?;
+        let output = systemd.run(["drowse", "enable", "hidden"].into_iter().chain(ADDRESSES))?;
+        ensure!(output.status.code() == Some(1), "{output:?}");
+        ensure!(
+            text(&output).contains("hidden.service is masked and cannot be started: systemctl unmask"),
+            "{output:?}"
+        );
 
         systemd.systemctl(["start", "web.service"])?;
         let same = ["--listen", ":8081", "--backend", "127.0.0.1:8081"];
@@ -213,5 +214,211 @@ fn every_problem_is_told_at_once_and_nothing_changes() -> Result<()> {
             &ADDRESSES,
             &["drowse's own units are not installed (drowse@web.socket not"],
         )
+    })
+}
+
+#[test]
+fn a_try_shows_the_wake_or_the_reason() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        web(installation, "--delay-ms 300")?;
+        let tried = [&ADDRESSES[..], &["--try"]].concat();
+        let said = well(installation, "enable", &tried)?;
+        ensure!(said.contains("web.service woke and took the connection; it was ready after 0."), "{said}");
+        let said = well(installation, "enable", &tried)?;
+        ensure!(
+            said.contains("nothing to change") && said.contains("runs already and took the connection"),
+            "{said}"
+        );
+        systemd.systemctl(["stop", "web.service"])?;
+
+        web(installation, "--exit 3")?;
+        let output = drowse(installation, "enable", &tried)?;
+        ensure!(output.status.code() == Some(1), "{output:?}");
+        ensure!(text(&output).contains("main process exited with status 3"), "{}", text(&output));
+        ensure!(text(&output).contains("What was set up stays"), "{}", text(&output));
+        ensure!(state(installation, "drowse@web.socket")? == "active", "it does not stay");
+        Ok(())
+    })
+}
+
+/// Options that change are shown as such, and only what they concern is restarted.
+#[test]
+fn another_option_restarts_what_needs_it() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        web(installation, "")?;
+        systemd.systemctl(["start", "web.service"])?;
+        well(installation, "enable", &ADDRESSES)?;
+        let (backend, first) = (property(installation, "web.service", "MainPID")?, pid(installation)?);
+        let longer = [&ADDRESSES[..], &["--idle-time", "1h"]].concat();
+        let shown = well(installation, "enable", &[&longer[..], &["--dry-run"]].concat())?;
+        ensure!(
+            shown.contains("\n+DROWSE_IDLE_TIME=1h\n") && shown.contains("restart drowse@web.service"),
+            "{shown}"
+        );
+        ensure!(
+            !shown.contains("\n-#") && !shown.contains("\n-D"),
+            "the record of what was enabled is lost: {shown}"
+        );
+        well(installation, "enable", &longer)?;
+        let second = pid(installation)?;
+        ensure!(second != first, "drowse was not restarted");
+
+        let moved = ["--listen", "127.0.0.1:8090", "--backend", "127.0.0.1:8081", "--idle-time", "1h"];
+        let said = well(installation, "enable", &moved)?;
+        ensure!(said.contains("restart drowse@web.socket"), "{said}");
+        ensure!(pid(installation)? != second);
+        ensure!(property(installation, "drowse@web.socket", "Listen")?.starts_with("127.0.0.1:8090"));
+        ensure!(
+            property(installation, "web.service", "MainPID")? == backend,
+            "the service was restarted, too"
+        );
+        well(installation, "disable", &[])?;
+        ensure!(
+            property(installation, "web.service", "MainPID")? == backend,
+            "the service was restarted at the end"
+        );
+        ensure!(property(installation, "web.service", "UnitFileState")? == "enabled");
+        Ok(())
+    })
+}
+
+fn pid(installation: &Installation) -> Result<String> {
+    let pid = property(installation, "drowse@web.service", "MainPID")?;
+    ensure!(pid != "0", "drowse does not run");
+    Ok(pid)
+}
+
+/// systemd takes the files but cannot start the socket: its user does not exist.
+#[test]
+fn a_failure_leaves_everything_as_it_was() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        web(installation, "")?;
+        systemd.systemctl(["start", "web.service"])?;
+        let wrong = "[Socket]\nSocketUser=nobody-has-this-name\n";
+        systemd.write("/etc/systemd/system/drowse@web.socket.d/user.conf", wrong)?;
+        systemd.systemctl(["daemon-reload"])?;
+        let path = ["--listen", "/run/web.sock", "--backend", "127.0.0.1:8081"];
+        refused(
+            installation,
+            "enable",
+            &path,
+            &["drowse@web.socket", "everything is as it was before", "journalctl"],
+        )?;
+        ensure!(property(installation, "web.service", "UnitFileState")? == "enabled");
+        ensure!(state(installation, "web.service")? == "active");
+        Ok(())
+    })
+}
+
+/// A unit file elsewhere, known by a link, and links in /run: disabling it must not make it unknown.
+#[test]
+fn a_linked_unit_and_one_enabled_until_the_next_boot_come_back() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        let unit = "[Service]\nType=notify\nExecStart=/usr/bin/echo-backend 127.0.0.1:8081 --notify\n\
+                    [Install]\nWantedBy=multi-user.target\n";
+        systemd.write("/opt/web.service", unit)?;
+        systemd.systemctl(["enable", "/opt/web.service"])?;
+        let before = tree(installation, &SYSTEM)?;
+        well(installation, "enable", &ADDRESSES)?;
+        ensure!(property(installation, "web.service", "UnitFileState")? != "enabled");
+        installation.ask()?;
+        well(installation, "disable", &[])?;
+        ensure!(tree(installation, &SYSTEM)? == before);
+        systemd.systemctl(["disable", "--now", "web.service"])?;
+
+        installation.unit("web", unit)?;
+        systemd.systemctl(["enable", "--runtime", "web.service"])?;
+        let before = tree(installation, &SYSTEM)?;
+        well(installation, "enable", &ADDRESSES)?;
+        ensure!(property(installation, "web.service", "UnitFileState")? == "disabled");
+        well(installation, "disable", &[])?;
+        let after = tree(installation, &SYSTEM)?;
+        ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
+        Ok(())
+    })
+}
+
+/// The shipped example on a unix socket, set up by one command.
+#[test]
+fn a_backend_on_a_closed_unix_socket_is_reached() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        let examples = workspace().join("units/examples");
+        systemd.install(examples.join("dice/dice.py"), "/usr/local/bin/dice.py")?;
+        systemd.install(examples.join("dice-unix/dice.service"), "/etc/systemd/system/dice.service")?;
+        systemd.systemctl(["daemon-reload"])?;
+        let paths = ["--listen", "/run/dice.sock", "--backend", "/run/dice-private/backend.sock", "--try"];
+        let output = systemd.run(["drowse", "enable", "dice"].into_iter().chain(paths))?;
+        ensure!(output.status.success() && text(&output).contains("dice.service woke"), "{}", text(&output));
+        let answer = http_get(connect_unix(&systemd.path("/run/dice.sock"))?)?;
+        ensure!(answer.starts_with("{\"dice\": "), "{answer}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_users_own_service_is_set_up_without_root() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        for unit in ["drowse@.socket", "drowse@.service"] {
+            let from = workspace().join("units/user").join(unit);
+            systemd.install(from, &format!("/usr/lib/systemd/user/{unit}"))?;
+        }
+        systemd.call([
+            "useradd",
+            "--uid=4711",
+            "--user-group",
+            "--key=GID_MIN=4711",
+            "--create-home",
+            "--shell=/bin/sh",
+            "sleeper",
+        ])?;
+        systemd.systemctl(["start", "user@4711.service"])?;
+        let as_user = |words: &[&str]| {
+            let line =
+                ["setpriv", "--reuid=4711", "--regid=4711", "--clear-groups", "env", "HOME=/home/sleeper"];
+            systemd.run(line.iter().chain(&["XDG_RUNTIME_DIR=/run/user/4711"]).chain(words))
+        };
+        let well = |words: &[&str]| {
+            let output = as_user(words)?;
+            println!("$ {}\n{}", words.join(" "), text(&output));
+            ensure!(output.status.success(), "{words:?}: {}", text(&output));
+            anyhow::Ok(text(&output))
+        };
+        let unit = "[Service]\nType=notify\nExecStart=/usr/bin/echo-backend 127.0.0.1:8081 --notify\n\
+                    [Install]\nWantedBy=default.target\n";
+        let file = "/home/sleeper/.config/systemd/user/web.service";
+        well(&["mkdir", "-p", "/home/sleeper/.config/systemd/user"])?;
+        well(&["sh", "-c", &format!("printf '{}' >{file}", unit.replace('\n', "\\n"))])?;
+        well(&["systemctl", "--user", "daemon-reload"])?;
+        well(&["systemctl", "--user", "enable", "--now", "web.service"])?;
+        let home = ["/home/sleeper"];
+        let before = tree(installation, &home)?;
+
+        let not_root = as_user(&[&["drowse", "enable", "web"][..], &ADDRESSES].concat())?;
+        ensure!(
+            text(&not_root).contains("only root may set up a service of the system"),
+            "{}",
+            text(&not_root)
+        );
+        let words =
+            [&["drowse", "enable", "web", "--user", "--idle-time", "1s", "--try"][..], &ADDRESSES].concat();
+        let said = well(&words)?;
+        ensure!(said.contains("took the connection"), "{said}");
+        eventually("the sleep of a user's service", SOON, || {
+            let state = as_user(&["systemctl", "--user", "is-active", "web.service"])?;
+            Ok((text(&state).trim() == "inactive").then_some(()))
+        })?;
+        installation.ask()?;
+        ensure!(well(&words)?.contains("nothing to change"));
+        let said = well(&["drowse", "disable", "web", "--user"])?;
+        ensure!(said.contains("default.target.wants/web.service"), "{said}");
+        let after = tree(installation, &home)?;
+        ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
+        well(&["systemctl", "--user", "is-active", "web.service"]).map(drop)
     })
 }

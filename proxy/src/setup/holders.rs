@@ -11,6 +11,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 
+use procfs::ProcessCGroup;
 use procfs::net::{TcpState, UnixState};
 use procfs::process::{FDTarget, Process, all_processes};
 use socket2::{SockAddr, Socket, Type};
@@ -137,17 +138,14 @@ fn sockets(process: &Process) -> impl Iterator<Item = u64> {
 }
 
 fn holder(process: &Process) -> Option<Holder> {
-    let cgroups = process.cgroups().ok()?;
-    // The hierarchy of systemd: its own one if there is one, else the unified one.
-    let own = cgroups.0.iter().find(|group| group.controllers.iter().any(|name| name == "name=systemd"));
-    let path = own
-        .or_else(|| cgroups.0.iter().find(|group| group.hierarchy == 0))
-        .map(|group| group.pathname.as_str());
-    Some(Holder {
-        pid: process.pid,
-        program: process.stat().ok()?.comm,
-        units: path.map(units_of).unwrap_or_default(),
-    })
+    let cgroups = process.cgroups().ok()?.0;
+    // The hierarchy of systemd: the unified one, or a hybrid's own one.
+    let is_systemds = |group: &&ProcessCGroup| {
+        group.hierarchy == 0 || group.controllers.iter().any(|name| name == "name=systemd")
+    };
+    let units = cgroups.iter().filter(is_systemds).map(|group| units_of(&group.pathname));
+    let units = units.max_by_key(Vec::len).unwrap_or_default();
+    Some(Holder { pid: process.pid, program: process.stat().ok()?.comm, units })
 }
 
 /// The units in the path of a cgroup: `/system.slice/web.service/sub` is of `web.service`.

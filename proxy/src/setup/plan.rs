@@ -12,6 +12,7 @@ use super::facts::{Facts, ListenerFacts, Own};
 use crate::activation::systemd::manager::Job;
 use crate::address::Address;
 use crate::config::{EnableArgs, RunArgs};
+use crate::report::text::elapsed;
 
 /// A file that gets another content.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -470,7 +471,7 @@ fn outcome(run: &RunArgs, facts: &Facts) -> String {
             "{unit} wakes on its first connection and is never put to sleep (--idle-time infinity)"
         );
     } else {
-        humantime::format_duration(run.idle_time)
+        elapsed(run.idle_time)
     };
     if facts.backend.is_up {
         format!("{unit} runs, sleeps after {time} without use, and wakes on the next connection")
