@@ -7,6 +7,7 @@ use std::future::Future;
 use std::pin::Pin;
 
 pub mod exec;
+pub mod memory;
 pub mod systemd;
 
 /// A future that a driver returns: it owns what it needs and may run beside any other.
@@ -46,6 +47,10 @@ pub trait Driver: Send {
     /// Why the clients must not be handed to the backend itself: a reason in one line for people, or nothing that
     /// would be against it. Asked while the backend is up: its start may bring a socket unit of its own with it.
     fn handoff_obstacle(&self) -> DriverFuture<Option<String>>;
+
+    /// How much memory the backend uses now, in bytes; nothing if that is unknown. Cheap, and known once it is up and
+    /// [`Driver::state`], [`Driver::start`] or [`Driver::handoff_obstacle`] has been answered since.
+    fn memory(&self) -> Option<u64>;
 
     /// The next change that the backend made by itself or that somebody else made. Pending for ever when there
     /// is none. Cancel safe. A change that our own `start` or `stop` made may be reported too.

@@ -1,6 +1,6 @@
-//! The one clock of the program: `CLOCK_MONOTONIC`, the clock that `bpf_ktime_get_ns` reads.
+//! The one clock of the program: `CLOCK_MONOTONIC`, the clock that `bpf_ktime_get_ns` reads; and the one on the wall.
 //!
-//! Owns: reading the clock. Pure code never calls [`now`]; it is given the time.
+//! Owns: reading the clocks. Pure code never calls [`now`]; it is given the time.
 
 use std::time::{Duration, SystemTime};
 
@@ -24,4 +24,28 @@ pub fn unix_time() -> Duration {
 #[must_use]
 pub fn as_nanos(time: Monotonic) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// A moment on the wall clock, `CLOCK_REALTIME`, for what people are told. Nothing is decided by it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wall {
+    /// Seconds since 1970 UTC.
+    pub unix_s: i64,
+    /// The beginning of the day here, in the same seconds.
+    pub midnight_s: i64,
+}
+
+/// The wall clock now, and the day of the local time zone.
+#[must_use]
+pub fn wall() -> Wall {
+    let now = jiff::Zoned::now();
+    let unix_s = now.timestamp().as_second();
+    Wall { unix_s, midnight_s: now.start_of_day().map_or(unix_s, |day| day.timestamp().as_second()) }
+}
+
+/// The hour and minute of `unix_s` here: `14:05`.
+#[must_use]
+pub fn time_of_day(unix_s: i64) -> String {
+    let moment = jiff::Timestamp::from_second(unix_s).unwrap_or(jiff::Timestamp::UNIX_EPOCH);
+    moment.to_zoned(jiff::tz::TimeZone::system()).strftime("%H:%M").to_string()
 }

@@ -24,7 +24,7 @@ use tracing_log::LogTracer;
 pub mod facts;
 mod pins;
 
-pub use facts::{Answer, Availability, Fact, availability, kernel_version};
+pub use facts::{Answer, Availability, Fact, availability, cgroup2_root, kernel_version};
 pub use pins::pin_name;
 
 use crate::sys::{self, Readable};

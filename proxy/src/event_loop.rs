@@ -30,7 +30,7 @@ use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, ReadyProbe, RunArgs};
 use crate::idle::IdlePolicy;
 use crate::kernel::{self, Kernel};
-use crate::lifecycle::{Command, Event, Lifecycle, Ownership};
+use crate::lifecycle::{Command, Event, Lifecycle, Ownership, State};
 use crate::listener::{Accepted, Listeners, Passed, SEAL_TIME};
 use crate::pairing::{self, Gate, Outcome};
 use crate::plane::Plane;
@@ -41,6 +41,7 @@ use crate::readiness::{self, Hints};
 use crate::report::control::{self, Control};
 use crate::report::metrics;
 use crate::report::notify::{self, Notifier};
+use crate::report::remembered::Remembered;
 use crate::report::scrape::{Endpoint, Question};
 use crate::report::snapshot::{History, Snapshot, Sources};
 use crate::report::status_line::status_line;
@@ -196,6 +197,8 @@ impl EventLoop {
             interval
         });
         let facts = listeners.facts().context("look at the listeners")?;
+        let control = status_socket(&run);
+        let remembered = control.remembered().unwrap_or_else(|| Remembered::since(clock::wall()));
         let service = Self {
             kernel: Kernel::new(&run, &facts, run.rules().ownership != Ownership::Own, loader),
             name,
@@ -203,9 +206,9 @@ impl EventLoop {
             lifecycle: Lifecycle::new(run.rules(), backend, clock::now()),
             accounting,
             plane: Box::new(plane),
-            control: status_socket(&run),
+            control,
             metrics,
-            history: History::default(),
+            history: History::remembering(remembered),
             listeners: Some(listeners),
             driver,
             gate: Arc::default(),
@@ -512,6 +515,7 @@ impl EventLoop {
         self.kernel.hand_off(self.lifecycle.hands_off());
         self.history.changed(&before, self.lifecycle.state(), now.saturating_sub(since), now);
         tell::change(&self.run, &self.name, &self.lifecycle, &before, now.saturating_sub(since), now);
+        self.remember(&before, now.saturating_sub(since));
         if !commands.contains(&Command::Exit) {
             self.stay();
         }
@@ -634,6 +638,16 @@ impl EventLoop {
         tell::failure(&self.name, failure, says_more.then_some(&*last));
     }
 
+    /// Keeps what the next drowse, or `drowse status` without one, should know. A COMMAND ends with its drowse.
+    fn remember(&mut self, before: &State, lasted: Duration) {
+        let driver = self.driver.as_ref();
+        let memory = || driver.and_then(|driver| driver.memory());
+        let news = self.history.remember(before, self.lifecycle.state(), lasted, memory, clock::wall);
+        if news && self.run.unit.is_some() {
+            self.control.remember(self.history.remembered());
+        }
+    }
+
     fn tell_status(&mut self) {
         let now = clock::now();
         let state = self.lifecycle.state();
@@ -671,6 +685,8 @@ impl EventLoop {
             forward: self.plane.name(),
             handoff: &self.kernel.view(),
             kernel: &kernel,
+            memory: self.driver.as_ref().and_then(|driver| driver.memory()),
+            wall: clock::wall(),
         };
         Snapshot::new(&sources, clock::now())
     }

@@ -19,7 +19,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::{BackendState, Change, Driver, DriverChange, DriverFuture, Failure};
+use super::{BackendState, Change, Driver, DriverChange, DriverFuture, Failure, memory};
 use crate::sys;
 
 /// How long a killed process group may take to vanish; the kernel is slow to free much memory.
@@ -183,6 +183,11 @@ impl Driver for ExecDriver {
 
     fn handoff_obstacle(&self) -> DriverFuture<Option<String>> {
         Box::pin(std::future::ready(None))
+    }
+
+    fn memory(&self) -> Option<u64> {
+        let running = self.running.as_ref().filter(|running| !*running.gone.borrow())?;
+        memory::of_process_group(running.group.as_raw_nonzero().get())
     }
 
     fn changed(&mut self) -> DriverChange<'_> {

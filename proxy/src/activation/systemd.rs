@@ -23,7 +23,7 @@ use zbus::connection;
 
 use self::link::{Event, Shared};
 use self::unit::{ActiveState, Unit};
-use super::{BackendState, Change, Driver, DriverChange, DriverFuture, Failure};
+use super::{BackendState, Change, Driver, DriverChange, DriverFuture, Failure, memory};
 
 /// How long systemd may take to answer a call: as long as sd-bus waits by default.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(25);
@@ -163,6 +163,10 @@ impl Driver for SystemdDriver {
         Box::pin(async move { handoff_obstacle(&shared).await })
     }
 
+    fn memory(&self) -> Option<u64> {
+        memory::of_cgroup(&self.shared.cgroup())
+    }
+
     fn changed(&mut self) -> DriverChange<'_> {
         Box::pin(async move {
             loop {
@@ -265,7 +269,9 @@ async fn handoff_obstacle(shared: &Shared) -> Option<String> {
     if !shared.unit.is_service {
         return Some(format!("{name} groups several units: what they restrict is unknown"));
     }
-    let obstacle = match shared.active_socket().await {
+    // The cgroup comes with it: somebody else may have started the unit.
+    let known = shared.facts().await;
+    let obstacle = match known.and(shared.active_socket().await) {
         Ok(Some(socket)) => Ok(Some(format!(
             "{socket} holds the backend's listener, too: it would go on taking connections while the backend sleeps"
         ))),

@@ -22,12 +22,16 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::ebpf::pin_name;
+use crate::report::remembered::Remembered;
+use crate::report::sleepers::{ManagerPlace, Place};
 use crate::report::snapshot::Snapshot;
 
 /// Where the sockets of root's services are.
 const SYSTEM_DIRECTORY: &str = "/run/drowse";
 /// What the name of a status socket ends in.
 const EXTENSION: &str = "sock";
+/// What the name of the file beside it ends in that outlives its drowse.
+const REMEMBERED: &str = "json";
 /// Peers that are answered at a time; more wait in the backlog.
 const PEERS_MAX: usize = 8;
 /// Peers that may wait to be answered.
@@ -50,13 +54,23 @@ pub fn own_directory(explicit: Option<&Path>, user: bool) -> Option<PathBuf> {
     }
 }
 
+/// Where services are looked for: the status sockets in `explicit`, else those of root's services and the user's, and
+/// what systemd's managers know of the same.
+#[must_use]
+pub fn places(explicit: Option<&Path>) -> Vec<Place> {
+    if let Some(directory) = explicit {
+        return vec![Place { directory: directory.to_owned(), manager: None }];
+    }
+    let system = Place { directory: SYSTEM_DIRECTORY.into(), manager: Some(ManagerPlace::system()) };
+    let user = users_directory()
+        .map(|directory| Place { manager: directory.parent().map(ManagerPlace::user), directory });
+    [Some(system), user].into_iter().flatten().collect()
+}
+
 /// Where status sockets are looked for: `explicit`, else root's directory and the user's.
 #[must_use]
 pub fn directories(explicit: Option<&Path>) -> Vec<PathBuf> {
-    match explicit {
-        Some(directory) => vec![directory.to_owned()],
-        None => [Some(SYSTEM_DIRECTORY.into()), users_directory()].into_iter().flatten().collect(),
-    }
+    places(explicit).into_iter().map(|place| place.directory).collect()
 }
 
 fn users_directory() -> Option<PathBuf> {
@@ -107,6 +121,28 @@ impl Control {
         Ok(Self { listening: Some(listening), answers: FuturesUnordered::new() })
     }
 
+    /// What an earlier drowse of this name knew, if there was one since the machine was started.
+    #[must_use]
+    pub fn remembered(&self) -> Option<Remembered> {
+        read_remembered(&self.listening.as_ref()?.path)
+    }
+
+    /// Keeps `remembered` for the next drowse and for who asks while none runs. Best effort, into a directory that is
+    /// in memory.
+    pub fn remember(&self, remembered: &Remembered) {
+        let Some(Listening { path, .. }) = &self.listening else { return };
+        let own = path.with_file_name(format!(".{}", std::process::id()));
+        let written = || {
+            let json = serde_json::to_vec(remembered)?;
+            fs::write(&own, json)?;
+            fs::set_permissions(&own, Permissions::from_mode(0o600))?;
+            fs::rename(&own, path.with_extension(REMEMBERED))
+        };
+        if let Err(error) = written() {
+            tracing::debug!(%error, "cannot keep what the next drowse would know");
+        }
+    }
+
     /// The next peer that wants to know; [`Control::answer`] it. Sends answers meanwhile. Cancel safe.
     pub async fn asked(&mut self) -> UnixStream {
         loop {
@@ -144,6 +180,23 @@ fn make(directory: &Path) -> io::Result<()> {
         Ok(()) => fs::set_permissions(directory, Permissions::from_mode(0o755)),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(error) => Err(error),
+    }
+}
+
+/// What is remembered of the service `name` in `directory`, if we may know.
+#[must_use]
+pub fn remembered_in(directory: &Path, name: &str) -> Option<Remembered> {
+    read_remembered(&directory.join(pin_name(name).ok()?).with_added_extension(EXTENSION))
+}
+
+fn read_remembered(socket: &Path) -> Option<Remembered> {
+    serde_json::from_slice(&fs::read(socket.with_extension(REMEMBERED)).ok()?).ok()
+}
+
+/// Forgets what is remembered of the service `name` in `directory`.
+pub fn forget(directory: &Path, name: &str) {
+    if let Ok(file_name) = pin_name(name) {
+        let _nothing_there = fs::remove_file(directory.join(file_name).with_added_extension(REMEMBERED));
     }
 }
 

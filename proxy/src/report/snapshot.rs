@@ -11,12 +11,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::accounting::Totals;
 use crate::activation::Failure;
-use crate::clock::Monotonic;
+use crate::clock::{Monotonic, Wall};
 use crate::config::RunArgs;
 use crate::idle::{Decision, IdlePolicy};
 use crate::lifecycle::{IdleAction, Lifecycle, Ownership, State, Stopping};
 use crate::report::counters::{Counters, KernelCounters};
 use crate::report::metrics::activation_histogram;
+use crate::report::remembered::{PastActivation, Remembered, Today};
 use crate::report::status_line::{rough, status_line};
 use crate::report::text::elapsed;
 
@@ -34,8 +35,11 @@ pub struct Snapshot {
     pub unit: Option<String>,
     /// Where the backend accepts connections, as it was given.
     pub backend: String,
-    /// The process id of this drowse, in its own PID namespace.
+    /// The process id of this drowse, in its own PID namespace; 0 if it does not run.
     pub pid: u32,
+    /// Who says all this.
+    #[serde(default)]
+    pub source: Source,
     /// The state of the backend.
     pub state: StateName,
     /// How long it has been in this state, in seconds. A settling that leads back to awake does not count as a change.
@@ -57,8 +61,20 @@ pub struct Snapshot {
     pub bytes_to_client: u64,
     /// What keeps the backend awake, and for how long.
     pub idle: Idle,
-    /// The last wake-up that succeeded. `null`: there was none since the start of this drowse.
+    /// The memory that the backend uses, in bytes: systemd's `MemoryCurrent`, or without the memory controller and for a
+    /// COMMAND the resident sets of its processes. `null`: it does not run, or that is unknown.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// The memory that the backend used right before it was put to sleep, in bytes. `null`: it is not asleep, somebody
+    /// else stopped it, or that is unknown.
+    #[serde(default)]
+    pub memory_saved_bytes: Option<u64>,
+    /// The last wake-up that succeeded. `null`: none is known of; of a unit of systemd's they are known since the
+    /// machine was started, of others since the start of this drowse.
     pub last_activation: Option<Activation>,
+    /// The wake-ups of today. `null`: nobody has counted.
+    #[serde(default)]
+    pub today: Option<Today>,
     /// Wake-ups that succeeded since the start of this drowse.
     pub activations_total: u64,
     /// Starts that failed, crashes, and stops that failed, since the start of this drowse.
@@ -70,6 +86,18 @@ pub struct Snapshot {
     /// What else is counted.
     #[serde(default)]
     pub counters: Counters,
+}
+
+/// Who says what is in a [`Snapshot`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// drowse itself.
+    #[default]
+    Drowse,
+    /// systemd, because drowse does not run or may not be asked; `line` says which. `held`, `connections_max`, the
+    /// counters and `plane` tell nothing then.
+    Systemd,
 }
 
 /// The state of a backend, `lifecycle::State` without its details.
@@ -169,6 +197,15 @@ pub struct Activation {
     pub ago_s: f64,
 }
 
+impl Activation {
+    /// One that was remembered.
+    #[must_use]
+    pub fn past(past: PastActivation, wall: Wall) -> Self {
+        let ago = Duration::from_secs(wall.unix_s.saturating_sub(past.at_s).try_into().unwrap_or(0));
+        Self { took_s: past.took_s, ago_s: seconds(ago) }
+    }
+}
+
 /// A failure of the backend.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LastFailure {
@@ -263,6 +300,10 @@ pub struct History {
     last_failure: Option<(Failure, Monotonic)>,
     /// The busy command said busy and was not asked again since.
     vetoed_at: Option<Monotonic>,
+    /// What outlives this drowse.
+    remembered: Remembered,
+    /// The memory that the backend used when it was about to be put to sleep.
+    memory_before: Option<u64>,
 }
 
 impl Default for History {
@@ -275,6 +316,8 @@ impl Default for History {
             failures_total: 0,
             last_failure: None,
             vetoed_at: None,
+            remembered: Remembered::default(),
+            memory_before: None,
         }
     }
 }
@@ -307,6 +350,52 @@ impl History {
         if !awake {
             self.vetoed_at = None;
         }
+    }
+
+    /// What an earlier drowse knew, or nothing yet.
+    #[must_use]
+    pub fn remembering(remembered: Remembered) -> Self {
+        Self { remembered, ..Self::default() }
+    }
+
+    /// What outlives this drowse.
+    #[must_use]
+    pub fn remembered(&self) -> &Remembered {
+        &self.remembered
+    }
+
+    /// The state is `after`; it was `before` for `lasted`. Asks for the memory that the backend uses and for the time if
+    /// need be. Returns whether there is something to remember.
+    pub fn remember(
+        &mut self,
+        before: &State,
+        after: &State,
+        lasted: Duration,
+        memory: impl FnOnce() -> Option<u64>,
+        wall: impl FnOnce() -> Wall,
+    ) -> bool {
+        if std::mem::discriminant(before) == std::mem::discriminant(after) {
+            return false;
+        }
+        match (before, after) {
+            (State::Settling(_), State::Stopping(_)) => self.memory_before = memory(),
+            (State::Settling(_), State::Awake) | (State::Awake, State::Settling(_)) => {}
+            (State::Waking { started_by_us: true, .. }, State::Awake) => {
+                self.remembered.woke();
+                self.remembered.activated(lasted, wall());
+                return true;
+            }
+            (_, State::Awake | State::Settling(_)) => {
+                self.remembered.woke();
+                return true;
+            }
+            (_, State::Asleep | State::Failed { .. }) => {
+                self.remembered.slept(self.memory_before.take(), wall());
+                return true;
+            }
+            (_, State::Waking { .. } | State::Stopping(_)) => {}
+        }
+        false
     }
 
     /// The backend failed at `now`.
@@ -345,6 +434,10 @@ pub struct Sources<'a> {
     pub handoff: &'a HandoffView,
     /// What the kernel counted; its flows are in `totals`, too.
     pub kernel: &'a KernelCounters,
+    /// The memory that the backend uses.
+    pub memory: Option<u64>,
+    /// The time, for people.
+    pub wall: Wall,
 }
 
 impl Snapshot {
@@ -359,6 +452,7 @@ impl Snapshot {
             unit: run.unit.clone(),
             backend: run.backend.to_string(),
             pid: std::process::id(),
+            source: Source::Drowse,
             state: lifecycle.state().into(),
             since_s: ago_s(lifecycle.since()),
             line: status_line(lifecycle, from.backend_name, totals, now),
@@ -375,9 +469,16 @@ impl Snapshot {
                 sleeps_in_s: sleeps_at(from, now).map(|at| seconds(at.saturating_sub(now))),
                 reasons: reasons(from, now),
             },
+            memory_bytes: from.memory.filter(|_| lifecycle.is_awake()),
+            memory_saved_bytes: history
+                .remembered
+                .saved_bytes
+                .filter(|_| lifecycle.state() == &State::Asleep),
             last_activation: history
                 .last_activation
-                .map(|(took, at)| Activation { took_s: seconds(took), ago_s: ago_s(at) }),
+                .map(|(took, at)| Activation { took_s: seconds(took), ago_s: ago_s(at) })
+                .or_else(|| Some(Activation::past(history.remembered.last_activation?, from.wall))),
+            today: Some(history.remembered.today(from.wall)),
             activations_total: history.activations_total,
             failures_total: history.failures_total,
             last_failure: history.last_failure.as_ref().map(|(failure, at)| LastFailure {
@@ -518,6 +619,8 @@ mod tests {
                 forward: "splice",
                 handoff: &self.handoff,
                 kernel: &KernelCounters::default(),
+                memory: Some(7 << 20),
+                wall: Wall { unix_s: 1000, midnight_s: 900 },
             };
             Snapshot::new(&from, now)
         }
@@ -627,6 +730,43 @@ mod tests {
             ("exit-code", "it exited with status 3")
         );
         assert!((failure.ago_s - 8.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_was_remembered_is_told_until_something_newer_happens() {
+        let mut known =
+            Remembered { day_s: 900, counted_since_s: 950, activations: 3, ..Remembered::default() };
+        known.last_activation = Some(PastActivation { took_s: 0.5, at_s: 960 });
+        let mut service = Service::awake(&["--unit", "dice.service"]);
+        service.history = History::remembering(known);
+        let snapshot = service.at(s(101));
+        assert_eq!(snapshot.last_activation, Some(Activation { took_s: 0.5, ago_s: 40.0 }));
+        assert_eq!(snapshot.today, Some(Today { activations: 3, since_s: 950, whole_day: false }));
+        assert_eq!((snapshot.memory_bytes, snapshot.memory_saved_bytes), (Some(7 << 20), None));
+        assert_eq!(snapshot.activations_total, 0, "this drowse has woken nobody");
+    }
+
+    #[test]
+    fn memory_is_taken_right_before_the_stop() {
+        let wall = || Wall { unix_s: 1000, midnight_s: 900 };
+        let mut service = Service::awake(&["--unit", "dice.service"]);
+        let step = |service: &mut Service, event: Event, at: Monotonic| {
+            let before = service.lifecycle.state().clone();
+            service.lifecycle.step(event, &service.totals, at);
+            service.history.remember(&before, service.lifecycle.state(), s(1), || Some(312 << 20), wall)
+        };
+        assert!(!step(&mut service, Event::Tick, s(5000)), "settling is nothing to remember");
+        assert!(!step(&mut service, Event::Quiet, s(5000)));
+        assert!(step(&mut service, Event::Stopped(Ok(())), s(5001)));
+        let asleep = service.at(s(5002));
+        assert_eq!((asleep.memory_bytes, asleep.memory_saved_bytes), (None, Some(312 << 20)));
+        // Somebody else starts and stops it: what it used then is unknown.
+        step(&mut service, Event::BackendUp, s(5003));
+        step(&mut service, Event::BackendReady, s(5003));
+        assert_eq!(service.at(s(5003)).memory_saved_bytes, None);
+        step(&mut service, Event::BackendDown(None), s(5004));
+        let asleep = service.at(s(5005));
+        assert_eq!((asleep.state, asleep.memory_saved_bytes), (StateName::Asleep, None));
     }
 
     #[test]

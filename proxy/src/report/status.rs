@@ -1,18 +1,25 @@
-//! `drowse status`: every running drowse in a line each, or one in full.
+//! `drowse status`: every service in a line each, or one in full.
 //!
-//! Owns: the words and the columns. Must never: change anything, or wait longer than a second for a service.
+//! Owns: the words and the columns, and who is asked: the status sockets, and systemd for those that do not answer there.
+//! Must never: change anything, or wait longer than a second for a service or for systemd.
 
 use std::fmt::Write as _;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use futures_util::future::try_join_all;
 
+use crate::activation::Failure;
+use crate::clock;
 use crate::config::StatusArgs;
 use crate::ebpf::pin_name;
 use crate::report::Said;
 use crate::report::control::{self, Service, Silence};
-use crate::report::snapshot::{FlowCount, HandoffState, Refused, Snapshot};
-use crate::report::text::{elapsed, paragraph, table};
+use crate::report::remembered::Today;
+use crate::report::sleepers::{self, Known, Place};
+use crate::report::snapshot::{FlowCount, HandoffState, Refused, Snapshot, Source};
+use crate::report::text::{elapsed, memory, paragraph, table};
 
 /// How wide the labels of one service's lines are.
 const LABEL_WIDTH: usize = 13;
@@ -22,26 +29,85 @@ const LABEL_WIDTH: usize = 13;
 /// # Errors
 /// A directory with status sockets cannot be read.
 pub async fn status(args: &StatusArgs) -> anyhow::Result<Said> {
-    let directories = control::directories(args.look.runtime_dir.as_deref());
+    let places = control::places(args.look.runtime_dir.as_deref());
     let Some(name) = &args.name else {
-        let services = control::ask_all(&directories, |_| true).await?;
-        return if args.look.json { all_as_json(&services) } else { Ok(all(&services)) };
+        let (services, notes) = every_service(&places).await?;
+        let mut said = if args.look.json { all_as_json(&services)? } else { all(&services) };
+        said.notes.extend(notes);
+        return Ok(said);
     };
     let file_name = pin_name(name).context("look for a service")?;
+    let directories: Vec<_> = places.iter().map(|place| place.directory.clone()).collect();
     let mut services = control::ask_all(&directories, |found| found == file_name).await?;
-    if services.is_empty() {
-        services = control::ask_all(&directories, |_| true).await?;
-        services.retain(|service| service.answer.as_ref().is_ok_and(|snapshot| has_unit(snapshot, name)));
+    let mut notes = Vec::new();
+    if services.iter().all(|service| service.answer.is_err()) {
+        (services, notes) = every_service(&places).await?;
+        services.retain(|service| match &service.answer {
+            Ok(snapshot) => snapshot.name == *name || has_unit(snapshot, name),
+            Err(_) => service.file_name == file_name,
+        });
     }
     services.sort_by_key(|service| service.answer.is_err());
-    match services.first() {
-        None => Ok(unknown(name)),
+    let mut said = match services.first() {
+        None => unknown(name),
         Some(Service { answer: Ok(snapshot), .. }) => {
             let answer = if args.look.json { json(snapshot)? } else { whole(snapshot) };
-            Ok(Said { answer, notes: vec![], success: true })
+            Said { answer, notes: vec![], success: true }
         }
-        Some(Service { answer: Err(silence), .. }) => Ok(failed(format!("{name}: {silence}"))),
+        Some(Service { answer: Err(silence), .. }) => failed(format!("{name}: {silence}")),
+    };
+    said.notes.extend(notes);
+    Ok(said)
+}
+
+/// All services, and what stood in the way of a whole answer: those that answer themselves, and of the others what
+/// systemd says.
+async fn every_service(places: &[Place]) -> anyhow::Result<(Vec<Service>, Vec<String>)> {
+    let (mut all, mut notes) = (Vec::new(), Vec::new());
+    for (services, note) in try_join_all(places.iter().map(services_of)).await? {
+        all.extend(services);
+        notes.extend(note);
     }
+    Ok((all, notes))
+}
+
+async fn services_of(place: &Place) -> anyhow::Result<(Vec<Service>, Option<String>)> {
+    let sockets = control::ask_all(std::slice::from_ref(&place.directory), |_| true);
+    let Some(manager) = &place.manager else { return Ok((sockets.await?, None)) };
+    let (services, known) = tokio::join!(sockets, sleepers::known(manager));
+    let mut services = services?;
+    let told = match known {
+        Ok(Some(known)) => tell(&known, &mut services, &place.directory).await,
+        Ok(None) => Ok(()),
+        Err(failure) => Err(failure),
+    };
+    services.sort_by(|a, b| a.name().cmp(b.name()));
+    let note = told.err().map(|failure| {
+        format!("only what runs is shown, and not what sleeps without its drowse: {}", failure.message)
+    });
+    Ok((services, note))
+}
+
+/// Adds what systemd says of those that do not answer by themselves.
+async fn tell(known: &Known, services: &mut Vec<Service>, directory: &Path) -> Result<(), Failure> {
+    let mut wanted = Vec::new();
+    for instance in &known.instances {
+        let Ok(file_name) = pin_name(&instance.name) else { continue };
+        match services.iter().find(|service| service.file_name == file_name).map(|service| &service.answer) {
+            Some(Ok(_)) => {}
+            Some(Err(silence)) => wanted.push((instance.clone(), Some(silence.clone()))),
+            None => wanted.push((instance.clone(), None)),
+        }
+    }
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    for snapshot in known.tell(wanted, directory).await? {
+        let Ok(file_name) = pin_name(&snapshot.name) else { continue };
+        services.retain(|service| service.file_name != file_name);
+        services.push(Service { file_name, answer: Ok(snapshot) });
+    }
+    Ok(())
 }
 
 /// Whether `name` is the service's unit, with or without `.service`.
@@ -53,8 +119,8 @@ fn has_unit(snapshot: &Snapshot, name: &str) -> bool {
 fn unknown(name: &str) -> Said {
     let instance = name.strip_suffix(".service").unwrap_or(name);
     failed(format!(
-        "no drowse named '{name}' runs; under systemd it may not have been needed yet, see: \
-         systemctl status drowse@{instance}.socket"
+        "no drowse named '{name}' runs, and no systemd here has an active drowse@{instance}.socket; see drowse status \
+         for all, or set it up with drowse enable"
     ))
 }
 
@@ -81,33 +147,61 @@ pub(super) fn silences(services: &[Service]) -> Vec<String> {
 /// One line for each service.
 fn all(services: &[Service]) -> Said {
     if services.is_empty() {
-        let answer = "no drowse runs here; those under systemd start with their first connection,\n\
-                      see: systemctl list-sockets 'drowse@*'\n";
+        let answer = "no drowse runs here, and none waits for a first connection\n";
         return Said { answer: answer.to_owned(), notes: vec![], success: true };
     }
-    let heading = ["NAME", "STATE", "SINCE", "FLOWS", "HELD", "PLANE", "WHY"].map(str::to_owned).to_vec();
+    let heading = ["NAME", "STATE", "SINCE", "MEMORY", "LAST WAKE", "TODAY", "FLOWS", "HELD", "PLANE", "WHY"];
+    let heading = heading.map(str::to_owned).to_vec();
     let rows: Vec<_> = std::iter::once(heading).chain(services.iter().map(row)).collect();
     Said { answer: table(&rows, false), notes: vec![], success: true }
 }
 
 fn row(service: &Service) -> Vec<String> {
     let name = service.name().to_owned();
+    let unknown = || "-".to_owned();
     match &service.answer {
-        Ok(snapshot) => vec![
-            name,
-            snapshot.state.word().to_owned(),
-            elapsed_s(snapshot.since_s),
-            flows(snapshot),
-            snapshot.held.to_string(),
-            plane(snapshot),
-            why(snapshot),
-        ],
+        Ok(snapshot) => {
+            let answered = snapshot.source == Source::Drowse;
+            let of_drowse = |words: String| if answered { words } else { unknown() };
+            vec![
+                name,
+                snapshot.state.word().to_owned(),
+                elapsed_s(snapshot.since_s),
+                memory_in_short(snapshot),
+                snapshot.last_activation.map_or_else(unknown, |last| {
+                    format!("{:.3} s, {} ago", last.took_s, elapsed_s(last.ago_s))
+                }),
+                snapshot.today.map_or_else(unknown, today),
+                of_drowse(flows(snapshot)),
+                of_drowse(snapshot.held.to_string()),
+                of_drowse(plane(snapshot)),
+                why(snapshot),
+            ]
+        }
         Err(silence) => {
             let state = if *silence == Silence::Gone { "gone" } else { "?" };
-            let unknown = || "-".to_owned();
-            vec![name, state.to_owned(), unknown(), unknown(), unknown(), unknown(), silence.to_string()]
+            let mut cells = vec![name, state.to_owned()];
+            cells.resize_with(9, unknown);
+            cells.push(silence.to_string());
+            cells
         }
     }
+}
+
+/// What the backend uses, or what its sleep saves.
+fn memory_in_short(snapshot: &Snapshot) -> String {
+    match (snapshot.memory_bytes, snapshot.memory_saved_bytes) {
+        (Some(bytes), _) => memory(bytes),
+        (None, Some(bytes)) => format!("saves {}", memory(bytes)),
+        (None, None) => "-".to_owned(),
+    }
+}
+
+/// The wake-ups of today: `3`, or `3 since 14:05`.
+fn today(today: Today) -> String {
+    let since =
+        if today.whole_day { String::new() } else { format!(" since {}", clock::time_of_day(today.since_s)) };
+    format!("{}{since}", today.activations)
 }
 
 /// Open flows: those that drowse moves, and after a plus those that were handed off.
@@ -148,10 +242,24 @@ fn whole(snapshot: &Snapshot) -> String {
     };
     let unit = snapshot.unit.as_deref().map_or_else(String::new, |unit| format!(", {unit}"));
     say("backend", format!("{}{unit}", snapshot.backend));
-    say("drowse", format!("process {}, at most {} connections", snapshot.pid, snapshot.connections_max));
+    let answered = snapshot.source == Source::Drowse;
+    if answered {
+        say("drowse", format!("process {}, at most {} connections", snapshot.pid, snapshot.connections_max));
+    } else {
+        say("drowse", "does not answer: all this is from systemd and from what it left".to_owned());
+    }
     say("state", format!("{} for {}", snapshot.state.word(), elapsed_s(snapshot.since_s)));
     for (number, reason) in snapshot.idle.reasons.iter().enumerate() {
         say(if number == 0 { "why awake" } else { "" }, reason.clone());
+    }
+    if let Some(bytes) = snapshot.memory_bytes {
+        say("memory", format!("{} in use", memory(bytes)));
+    } else if let Some(bytes) = snapshot.memory_saved_bytes {
+        say("memory", format!("saves {} while it sleeps", memory(bytes)));
+    }
+    if !answered {
+        say("wake-ups", wake_ups(snapshot));
+        return text;
     }
     say("clients", format!("{} wait for the backend{}", snapshot.held, refused(snapshot.refused)));
     let count = |flows: FlowCount| format!("{} open, {} since the start of drowse", flows.open, flows.total);
@@ -187,10 +295,13 @@ fn refused(refused: Refused) -> String {
 }
 
 fn wake_ups(snapshot: &Snapshot) -> String {
+    let total = Some(snapshot.activations_total.to_string()).filter(|_| snapshot.source == Source::Drowse);
     let last = snapshot
         .last_activation
-        .map(|last| format!("; the last took {:.3} s and was {} ago", last.took_s, elapsed_s(last.ago_s)));
-    format!("{}{}", snapshot.activations_total, last.unwrap_or_default())
+        .map(|last| format!("the last took {:.3} s and was {} ago", last.took_s, elapsed_s(last.ago_s)));
+    let today = snapshot.today.map(|counted| format!("today: {}", today(counted)));
+    let all: Vec<_> = [total, last, today].into_iter().flatten().collect();
+    if all.is_empty() { "unknown".to_owned() } else { all.join("; ") }
 }
 
 fn failures(snapshot: &Snapshot) -> String {
@@ -232,6 +343,7 @@ mod tests {
             unit: Some("dice.service".into()),
             backend: "127.0.0.1:8081".into(),
             pid: 4711,
+            source: Source::Drowse,
             state: StateName::Awake,
             since_s: 170.5,
             line: "awake: 2 flows".into(),
@@ -245,7 +357,10 @@ mod tests {
             bytes_to_backend: 1200,
             bytes_to_client: 34_000,
             idle: Idle { sleeps_in_s: None, reasons: vec!["2 open flows, last used 3 s ago".into()] },
+            memory_bytes: Some(300 << 20),
+            memory_saved_bytes: None,
             last_activation: Some(Activation { took_s: 0.4216, ago_s: 170.5 }),
+            today: Some(Today { activations: 2, since_s: 0, whole_day: true }),
             activations_total: 3,
             failures_total: 1,
             last_failure: Some(LastFailure {
@@ -273,18 +388,25 @@ mod tests {
         asleep.line = "asleep: the next connection wakes x.service".into();
         asleep.idle.reasons.clear();
         asleep.flows.proxied.open = 0;
+        (asleep.memory_bytes, asleep.memory_saved_bytes) = (None, Some(312 << 20));
+        let mut sleeper = asleep.clone();
+        (sleeper.name, sleeper.source) = ("sleeper".into(), Source::Systemd);
+        (sleeper.today, sleeper.last_activation, sleeper.memory_saved_bytes) = (None, None, None);
+        sleeper.line = "asleep: systemd holds the socket".into();
         let services = [
             service(Ok(asleep)),
             service(Ok(snapshot())),
+            service(Ok(sleeper)),
             service(Err(Silence::Late)),
             service(Err(Silence::Gone)),
         ];
         let expected = "\
-            NAME           STATE   SINCE  FLOWS  HELD  PLANE   WHY\n\
-            a-longer-name  asleep  2 min  0      0     splice  the next connection wakes x.service\n\
-            dice           awake   2 min  2      0     splice  2 open flows, last used 3 s ago\n\
-            dice_service   ?       -      -      -     -       does not answer\n\
-            dice_service   gone    -      -      -     -       does not run: it was killed; its next start tidies up\n";
+            NAME           STATE   SINCE  MEMORY         LAST WAKE           TODAY  FLOWS  HELD  PLANE   WHY\n\
+            a-longer-name  asleep  2 min  saves 312 MiB  0.422 s, 2 min ago  2      0      0     splice  the next connection wakes x.service\n\
+            dice           awake   2 min  300 MiB        0.422 s, 2 min ago  2      2      0     splice  2 open flows, last used 3 s ago\n\
+            sleeper        asleep  2 min  -              -                   -      -      -     -       systemd holds the socket\n\
+            dice_service   ?       -      -              -                   -      -      -     -       does not answer\n\
+            dice_service   gone    -      -              -                   -      -      -     -       does not run: it was killed; its next start tidies up\n";
         assert_eq!(all(&services).answer, expected);
     }
 
@@ -319,12 +441,13 @@ dice: awake: 2 flows
   drowse       process 4711, at most 10000 connections
   state        awake for 2 min
   why awake    2 open flows, last used 3 s ago
+  memory       300 MiB in use
   clients      0 wait for the backend; refused since the start of drowse: 12 may
                not wake it, 3 came beyond the limit of their source
   flows        proxied: 2 open, 17 since the start of drowse
                handed off: 0 open, 0 since the start of drowse
   bytes        1200 to the backend, 34000 to clients
-  wake-ups     3; the last took 0.422 s and was 2 min ago
+  wake-ups     3; the last took 0.422 s and was 2 min ago; today: 2
   failures     1; the last 2 h ago: dice.service exited with status 3 (result
                exit-code)
   plane        splice; hand-off is off: no bpffs is mounted
@@ -339,7 +462,7 @@ dice: awake: 2 flows
         assert!(said.success && said.answer.contains("no drowse runs here"), "{said:?}");
         let said = unknown("dice.service");
         assert!(
-            !said.success && said.notes.concat().contains("systemctl status drowse@dice.socket"),
+            !said.success && said.notes.concat().contains("no systemd here has an active drowse@dice.socket"),
             "{said:?}"
         );
     }

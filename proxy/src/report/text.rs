@@ -77,6 +77,23 @@ pub fn elapsed(time: Duration) -> String {
     }
 }
 
+/// An amount of memory, in the largest unit that it fills, rounded: `512 KiB`, `5.4 MiB`, `312 MiB`.
+#[must_use]
+pub fn memory(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    // Tenths of the unit.
+    let (mut tenths, mut unit) = (bytes.saturating_mul(10) / 1024, 0);
+    while tenths >= 10_240 && unit + 1 < UNITS.len() {
+        (tenths, unit) = (tenths / 1024, unit + 1);
+    }
+    let unit = UNITS.get(unit).copied().unwrap_or_default();
+    if tenths < 100 {
+        format!("{}.{} {unit}", tenths / 10, tenths % 10)
+    } else {
+        format!("{} {unit}", tenths / 10)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,6 +136,14 @@ mod tests {
             assert_eq!(precise(Duration::from_micros(micros)), words);
         }
         assert_eq!(precise(Duration::from_mins(15)), "15 min");
+    }
+
+    #[test]
+    fn memory_has_two_digits_at_least() {
+        let cases = [(0, "0.0 KiB"), (5_700_000, "5.4 MiB"), (312 << 20, "312 MiB"), (1 << 30, "1.0 GiB")];
+        for (bytes, words) in cases {
+            assert_eq!(memory(bytes), words);
+        }
     }
 
     #[test]

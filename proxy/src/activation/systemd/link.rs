@@ -11,8 +11,8 @@
 use std::collections::HashMap;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -67,6 +67,8 @@ pub(super) struct Facts {
     job: String,
     /// The service tells systemd itself when it is ready.
     notify: bool,
+    /// The cgroup of its processes, from the root of the hierarchy; empty if it has none.
+    cgroup: String,
 }
 
 /// The reply of `ListUnitsByNames`: name, description, load state, active state, sub state, followed unit, object
@@ -110,6 +112,7 @@ pub(super) struct Shared {
     reconnect_now: Notify,
     events: broadcast::Sender<Event>,
     notify: AtomicBool,
+    cgroup: Mutex<String>,
     /// The unit hit its start limit, which must be reset before the next start.
     pub(super) start_limit_hit: AtomicBool,
 }
@@ -129,6 +132,7 @@ impl Shared {
             reconnect_now: Notify::new(),
             events: broadcast::Sender::new(EVENTS_MAX),
             notify: AtomicBool::new(false),
+            cgroup: Mutex::default(),
             start_limit_hit: AtomicBool::new(false),
         };
         let link = shared.open().await?;
@@ -223,15 +227,15 @@ impl Shared {
         let path = object_path(name);
         let names = (vec![name],);
         let listed = self.call(conn, SYSTEMD_PATH, MANAGER, "ListUnitsByNames", &names);
-        let kind = async {
+        let of_service = async |property| {
             if self.unit.is_service {
-                self.get::<String>(conn, &path, SERVICE, "Type").await
+                self.get::<String>(conn, &path, SERVICE, property).await
             } else {
                 Ok(String::new())
             }
         };
         // A unit that cannot be loaded may have no type.
-        let (listed, kind) = tokio::join!(listed, kind);
+        let (listed, kind, cgroup) = tokio::join!(listed, of_service("Type"), of_service("ControlGroup"));
         let units: Vec<ListedUnit> = listed?.body().deserialize()?;
         let Some((id, _, load_state, active, _, _, _, _, _, job)) = units.into_iter().next() else {
             return Err(zbus::Error::Failure(format!("systemd does not list {name}")));
@@ -242,16 +246,28 @@ impl Shared {
             active: ActiveState::parse(&active),
             job: job.to_string(),
             notify: matches!(kind.as_deref(), Ok("notify" | "notify-reload")),
+            cgroup: cgroup.unwrap_or_default(),
         })
     }
 
     fn publish(&self, link: &Link) {
-        self.notify.store(link.facts.notify, Relaxed);
+        self.note(&link.facts);
         drop(self.link.send_replace(Ok(link.conn.clone())));
     }
 
-    fn settle(&self, facts: &Facts) {
+    /// Keeps what is asked for without waiting.
+    fn note(&self, facts: &Facts) {
         self.notify.store(facts.notify, Relaxed);
+        self.cgroup.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&facts.cgroup);
+    }
+
+    /// The cgroup of the unit's processes when it was last asked for; empty if it had none.
+    pub(super) fn cgroup(&self) -> String {
+        self.cgroup.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn settle(&self, facts: &Facts) {
+        self.note(facts);
         self.announce(Event::Resync);
         self.announce(Event::Active(facts.active));
     }
@@ -321,7 +337,7 @@ impl Shared {
     pub(super) async fn facts(&self) -> Result<Facts, Failure> {
         let conn = self.connection().await?;
         let facts = self.ask(&conn).await.map_err(|error| self.refused("watch", &error))?;
-        self.notify.store(facts.notify, Relaxed);
+        self.note(&facts);
         Ok(facts)
     }
 
