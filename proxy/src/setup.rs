@@ -10,6 +10,7 @@ use crate::activation::systemd::manager::{Job, Manager};
 use crate::activation::systemd::{self, Bus, REPLY_TIMEOUT};
 use crate::clock;
 use crate::config::{DisableArgs, EnableArgs};
+use crate::report::control;
 
 pub mod contents;
 pub mod facts;
@@ -165,6 +166,9 @@ pub async fn disable(args: &DisableArgs, out: &mut impl Write) -> anyhow::Result
         for directory in &plan.directories {
             // One that is not empty has something of somebody else's.
             let _stays = std::fs::remove_dir(directory);
+        }
+        if let Some(directory) = control::own_directory(None, names.user) {
+            control::forget(&directory, &names.instance);
         }
         writeln!(out, "done: {}", plan.outcome)?;
     }

@@ -61,7 +61,9 @@ fn line(drowse: &Drowse) -> Result<String> {
     let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
     let lines: Vec<String> = text.lines().map(words).collect();
     match lines.as_slice() {
-        [heading, line] if heading == "NAME STATE SINCE FLOWS HELD PLANE WHY" => Ok(line.clone()),
+        [heading, line] if heading == "NAME STATE SINCE MEMORY LAST WAKE TODAY FLOWS HELD PLANE WHY" => {
+            Ok(line.clone())
+        }
         _ => bail!("no heading and one line: {text}"),
     }
 }

@@ -285,7 +285,7 @@ impl fmt::Display for Silence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotPermitted => {
-                f.write_str("not permitted: only root and the user that it runs as may look")
+                f.write_str("not permitted to ask drowse: only root and the user that it runs as may")
             }
             Self::Gone => f.write_str("does not run: it was killed; its next start tidies up"),
             Self::Late => f.write_str("does not answer"),

@@ -82,8 +82,13 @@ impl Instance {
         self.socket.as_ref().map_or("inactive", |unit| unit.active_state.as_str())
     }
 
+    /// As systemd has it, but failed while it waits for the next try of one that failed.
     fn service_state(&self) -> &str {
-        self.service.as_ref().map_or("inactive", |unit| unit.active_state.as_str())
+        match &self.service {
+            Some(unit) if unit.sub_state == "auto-restart" => "failed",
+            Some(unit) => &unit.active_state,
+            None => "inactive",
+        }
     }
 
     /// Whether there is something to tell of it.
@@ -370,6 +375,8 @@ mod tests {
         let names: Vec<_> = found.iter().map(|instance| instance.name.as_str()).collect();
         assert_eq!(names, ["a@1", "b"]);
         assert_eq!((found[1].service_state(), found[0].service_state()), ("active", "inactive"));
+        let waits = Listed { sub_state: "auto-restart".into(), ..listed("drowse@c.service", "activating") };
+        assert_eq!(instances(vec![waits])[0].service_state(), "failed");
     }
 
     #[test]

@@ -202,7 +202,8 @@ impl Activation {
     #[must_use]
     pub fn past(past: PastActivation, wall: Wall) -> Self {
         let ago = Duration::from_secs(wall.unix_s.saturating_sub(past.at_s).try_into().unwrap_or(0));
-        Self { took_s: past.took_s, ago_s: seconds(ago) }
+        let took = Duration::try_from_secs_f64(past.took_s).unwrap_or_default();
+        Self { took_s: seconds(took), ago_s: seconds(ago) }
     }
 }
 
