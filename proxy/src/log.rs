@@ -9,6 +9,7 @@ use std::fmt;
 use std::io::{self, IsTerminal as _};
 use std::os::fd::AsFd as _;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::fstat;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tracing::{Event, Level, Subscriber};
@@ -87,7 +88,7 @@ fn native(run: &RunArgs) -> Option<tracing_journald::Layer> {
     )
 }
 
-/// Lines for the journal: with fields while it listens, else through stderr.
+/// Lines for the journal: with fields while it takes them, else through stderr.
 struct Journal<L> {
     native: Option<tracing_journald::Layer>,
     stderr: L,
@@ -99,7 +100,8 @@ where
     L: Layer<S>,
 {
     fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
-        let native = self.native.as_ref().filter(|_| event.metadata().target() != LAST_WORDS && listens());
+        let may = event.metadata().target() != LAST_WORDS && takes_messages();
+        let native = self.native.as_ref().filter(|_| may);
         match native {
             Some(native) => native.on_event(event, context),
             None => self.stderr.on_event(event, context),
@@ -140,11 +142,17 @@ fn is_journal() -> bool {
     stream == format!("{}:{}", stderr.st_dev, stderr.st_ino)
 }
 
-/// Whether somebody takes messages at the journal's socket at this moment; some microseconds.
-fn listens() -> bool {
-    let connected = Socket::new(Domain::UNIX, Type::DGRAM.nonblocking(), None)
-        .and_then(|socket| socket.connect(&SockAddr::unix(JOURNAL)?));
-    connected.is_ok()
+/// Whether the journal would take a message at this moment, without making us wait: somebody has its socket, and there
+/// is room in the queue (`unix_dgram_poll` looks at the peer's). Some microseconds.
+fn takes_messages() -> bool {
+    let connected = || -> io::Result<bool> {
+        let socket = Socket::new(Domain::UNIX, Type::DGRAM.nonblocking(), None)?;
+        socket.connect(&SockAddr::unix(JOURNAL)?)?;
+        let mut room = [PollFd::new(&socket, PollFlags::OUT)];
+        poll(&mut room, Some(&Timespec::default()))?;
+        Ok(room.iter().all(|room| room.revents().contains(PollFlags::OUT)))
+    };
+    connected().unwrap_or(false)
 }
 
 /// <https://no-color.org>: set and not empty.

@@ -94,7 +94,7 @@ fn a_backend_that_speaks_first_is_heard() -> Result<()> {
 
 #[test]
 fn a_client_that_leaves_while_it_waits_is_forgotten() -> Result<()> {
-    let mut drowse = run(&["--idle-time", "50ms", "--log-level", "debug"], &["--delay-ms", "300"])?;
+    let mut drowse = run(&["--idle-time", "50ms"], &["--delay-ms", "300"])?;
     let client = connect()?;
     drowse.wait_for_line("waking echo-backend")?;
     SockRef::from(&client).set_linger(Some(Duration::ZERO))?;

@@ -87,6 +87,18 @@ fn a_service_is_followed_from_sleep_to_use_and_back() -> Result<()> {
 }
 
 #[test]
+fn a_strange_name_is_still_a_label() -> Result<()> {
+    let (public, backend, at) = (public(), backend(), metrics());
+    let addresses = ["--listen", &public, "--backend", &backend, "--metrics", &at];
+    let _drowse =
+        Drowse::run(&[&["--name", "a \"b\" \\ c"][..], &addresses, &["--", ECHO, &backend]].concat())?;
+    let scrape = Scrape::of(&metrics())?;
+    let series = "drowse_wakes_total{name=\"a \\\"b\\\" \\\\ c\"}";
+    ensure!(scrape.samples.contains_key(series), "no {series} in {}", scrape.text);
+    Ok(())
+}
+
+#[test]
 fn failures_are_counted_by_reason() -> Result<()> {
     let _drowse = run(&[], &["--exit", "3"])?;
     let _reset = connect()?.read(&mut [0]);

@@ -164,6 +164,24 @@ fn a_journal_that_goes_loses_no_line_and_one_that_comes_back_is_used() -> Result
     })
 }
 
+/// A queue of unix datagrams holds some, `net.unix.max_dgram_qlen`; a send to a full one waits.
+#[test]
+fn a_journal_that_hangs_holds_up_nobody() -> Result<()> {
+    isolated(|| {
+        empty_run()?;
+        let _reads_nothing = Journal::new()?;
+        let mut drowse = under_systemd(&["--log-level", "debug"])?;
+        drowse.wait_for_notification("READY=1")?;
+        let queue = std::fs::read_to_string("/proc/sys/net/unix/max_dgram_qlen")?;
+        // Two lines each.
+        for number in 0..queue.trim().parse::<u32>()? + 10 {
+            echo(&mut connect_to(PUBLIC)?, format!("client {number}").as_bytes())?;
+        }
+        drowse.wait_for_line("a client is connected to the backend")?;
+        Ok(())
+    })
+}
+
 /// The journal learns the unit of a message from its sender, which must still be there: the last words go through the
 /// stream, which belongs to the unit.
 #[test]

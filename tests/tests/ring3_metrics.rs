@@ -56,7 +56,7 @@ fn a_unix_socket_in_the_runtime_directory_is_for_root_alone() -> Result<()> {
         let path = installation.systemd.path("/run/drowse/echo.metrics");
         let mode = std::fs::metadata(&path).context("find the socket")?;
         let mode = std::os::unix::fs::PermissionsExt::mode(&mode.permissions());
-        ensure!(mode & 0o077 == 0, "{mode:o}");
+        ensure!(mode.trailing_zeros() >= 6, "{mode:o}");
         let answer = request(UnixStream::connect(&path)?, "GET", "/metrics")?;
         ensure!(answer.status == 200 && Scrape::read(answer.body)?.count("wakes_total", &[])? == 1);
         let said = installation.systemd.call(["drowse", "status"])?;

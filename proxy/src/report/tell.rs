@@ -71,7 +71,7 @@ pub fn change(
 pub fn failure(name: &str, failure: &Failure, last: Option<&str>) {
     let reason = &*failure.result;
     if let Some(last) = last {
-        error!(event = "failed", reason, "{name}: {} ({last})", failure.message);
+        error!(event = "failed", reason, "{name}: {failure}; the last try: {last}");
     } else {
         error!(event = "failed", reason, "{name}: {failure}");
     }
