@@ -61,8 +61,13 @@ fn a_service_is_followed_from_sleep_to_use_and_back() -> Result<()> {
     ensure!(waking.count("clients_held", &[])? == 1 && waking.count("wakes_total", &[])? == 1);
     ensure!(waking.count("activations_total", &[])? == 0);
     echo(&mut client, b"good morning")?;
-    let awake = Scrape::of(&metrics())?;
     let (proxied, handed_off) = ("group=\"proxied\"", "group=\"handed_off\"");
+    // A byte is counted when it is delivered, which its reader may know first.
+    let awake = eventually("the answer to be counted", SOON, || {
+        let scrape = Scrape::of(&metrics())?;
+        let bytes = scrape.count("transferred_bytes_total", &[proxied, "direction=\"to_client\""])?;
+        Ok((bytes == 12).then_some(scrape))
+    })?;
     ensure!(state(&awake, "awake")? && awake.count("clients_held", &[])? == 0);
     ensure!(awake.count("flows_open", &[proxied])? == 1 && awake.count("flows_total", &[proxied])? == 1);
     ensure!(awake.count("flows_total", &[handed_off])? == 0);
