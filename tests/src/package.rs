@@ -47,10 +47,15 @@ pub fn made(end: &str) -> Result<PathBuf> {
     }
 }
 
+/// Where the system has its `/usr` from, as [`Options::new`] chooses it.
+#[must_use]
+pub fn tree() -> PathBuf {
+    std::env::var_os("DROWSE_TEST_TREE").map_or_else(|| PathBuf::from("/"), PathBuf::from)
+}
+
 /// Gives the system the state of its own `/usr`: which packages are installed, and which files are whose.
 fn copy_database(systemd: &Systemd) -> Result<()> {
-    let tree = std::env::var_os("DROWSE_TEST_TREE").map_or_else(|| PathBuf::from("/"), PathBuf::from);
-    let database = tree.join(DATABASE.trim_start_matches('/'));
+    let database = tree().join(DATABASE.trim_start_matches('/'));
     let copy = |name: &Path| systemd.install(database.join(name), &format!("{DATABASE}/{}", name.display()));
     copy(Path::new("status"))?;
     let lists = fs::read_dir(database.join("info")).context("read dpkg's lists of files")?;
