@@ -33,10 +33,12 @@ fn dpkg(systemd: &Systemd, action: &str, what: &str) -> Result<()> {
 const CHANGED_USR: &str = "/.usr/upper/";
 
 /// Every file and directory of the system, but of `/usr` only what was changed. Without what dpkg, systemd, the journal
-/// and the accounts' backups are about.
+/// and the accounts' backups are about, and what systemd 252 leaves when a unit is stopped while its `PrivateDevices=` is
+/// made.
 fn files(systemd: &Systemd) -> Result<BTreeSet<String>> {
     const FIND: &str = r"find / /.usr/upper /run /tmp /sys/fs/bpf -xdev \( -path /.usr -o -path /var/lib/dpkg \
-        -o -path /var/log -o -path /run/systemd -o -path /run/log -o -path '/etc/*-' -o -path /etc/.pwd.lock \) -prune \
+        -o -path /var/log -o -path /run/systemd -o -path /run/log -o -path '/etc/*-' -o -path /etc/.pwd.lock \
+        -o -path '/tmp/namespace-dev-*' \) -prune \
         -o -printf '%y %m %p %l\n'";
     Ok(systemd.call(["sh", "-c", FIND])?.lines().map(str::to_owned).collect())
 }
