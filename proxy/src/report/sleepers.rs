@@ -3,8 +3,8 @@
 //!
 //! Owns: finding them, and what is said of them. Must never: start anything, or take longer than [`ASK_TIME`] for a call.
 //!
-//! Rests on: systemd lists the units in memory, and a socket unit that listens is; the times of a unit that nobody needs
-//! are forgotten with it.
+//! Rests on: systemd lists the units in memory; a unit that listens or runs is there, the times of one that is not are
+//! forgotten.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -153,7 +153,7 @@ struct Facts {
     unit: String,
     backend: String,
     plane: String,
-    /// The backend; nothing if systemd cannot load a unit of that name.
+    /// The backend; nothing if it is not in memory, so that it does not run.
     listed: Option<Listed>,
     /// When the backend came to its state.
     changed: Option<Monotonic>,
@@ -183,9 +183,15 @@ impl Known {
             .filter(|unit| check_unit_name(unit).is_ok())
             .cloned()
             .collect();
-        let mut listed = self.manager.units(&names).await?.into_iter();
+        // To load many units takes longer than all the rest: only one alone is looked at so closely.
+        let listed = if names.len() == 1 {
+            self.manager.units(&names).await?
+        } else {
+            let patterns: Vec<String> = names.iter().map(|name| name.replace('\\', r"\\")).collect();
+            self.manager.matching(&patterns).await?
+        };
         for facts in &mut all {
-            facts.listed = if check_unit_name(&facts.unit).is_ok() { listed.next() } else { None };
+            facts.listed = listed.iter().find(|unit| unit.id == facts.unit || names.len() == 1).cloned();
         }
         join_all(all.iter_mut().map(|facts| self.ask(facts))).await;
         let (now, wall) = (clock::now(), clock::wall());
@@ -306,7 +312,7 @@ fn state(facts: &Facts) -> (StateName, String) {
         _ => {}
     }
     let active = facts.listed.as_ref().map_or("inactive", |unit| unit.active_state.as_str());
-    let load = facts.listed.as_ref().map_or("not-found", |unit| unit.load_state.as_str());
+    let load = facts.listed.as_ref().map_or("loaded", |unit| unit.load_state.as_str());
     if load != "loaded" {
         return failed(format!("{unit} cannot be started ({load}); see: systemctl status {unit}"));
     }
@@ -413,8 +419,18 @@ mod tests {
             "{}",
             told.line
         );
-        let missing = Facts { listed: None, ..facts("active", "inactive", "inactive") };
-        assert_eq!(snapshot(&missing, Duration::ZERO, Wall::default()).state, StateName::Failed);
+        let missing = Listed { load_state: "masked".into(), ..listed("web.service", "inactive") };
+        let masked = snapshot(
+            &Facts { listed: Some(missing), ..facts("active", "inactive", "inactive") },
+            Duration::ZERO,
+            Wall::default(),
+        );
+        assert_eq!(
+            masked.line,
+            "failed: web.service cannot be started (masked); see: systemctl status web.service"
+        );
+        let unloaded = told(&Facts { listed: None, ..facts("active", "inactive", "inactive") });
+        assert_eq!(unloaded.state, StateName::Asleep);
     }
 
     #[test]

@@ -158,8 +158,9 @@ impl Manager {
     ///
     /// # Errors
     /// systemd cannot be asked.
-    pub async fn matching(&self, patterns: &[&str]) -> Result<Vec<Listed>, Failure> {
+    pub async fn matching<S: AsRef<str>>(&self, patterns: &[S]) -> Result<Vec<Listed>, Failure> {
         let no_states: &[&str] = &[];
+        let patterns: Vec<&str> = patterns.iter().map(AsRef::as_ref).collect();
         let units: Vec<ListedUnit> = self.ask("ListUnitsByPatterns", &(no_states, patterns)).await?;
         Ok(units.into_iter().map(listed).collect())
     }
