@@ -413,11 +413,11 @@ mod tests {
             assert!(told.line.starts_with(state.word()) && told.line.contains(words), "{}", told.line);
         }
         let silence = Some(Silence::NotPermitted);
-        let told = told(&Facts { silence, ..facts("active", "active", "active") });
+        let kept_out = told(&Facts { silence, ..facts("active", "active", "active") });
         assert!(
-            told.line.contains("not permitted") && told.line.ends_with("web.service is active"),
+            kept_out.line.contains("not permitted") && kept_out.line.ends_with("web.service is active"),
             "{}",
-            told.line
+            kept_out.line
         );
         let missing = Listed { load_state: "masked".into(), ..listed("web.service", "inactive") };
         let masked = snapshot(

@@ -552,3 +552,244 @@ pub fn disable(facts: &Facts) -> Result<Plan, Problems> {
     };
     Ok(Plan { found: found(facts), notes: kept.collect(), before, files, after, directories, outcome })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Action, Cli};
+    use crate::setup::facts::{BackendFacts, Reach, ServiceFacts, UnitFacts, places};
+    use crate::setup::holders::Holder;
+    use clap::Parser as _;
+
+    const ADDRESSES: [&str; 4] = ["--listen", "127.0.0.1:8080", "--backend", "127.0.0.1:8081"];
+
+    fn args(options: &[&str]) -> EnableArgs {
+        let line = ["drowse", "enable", "web"].iter().chain(options);
+        let Action::Enable(enable) = Cli::try_parse_from(line).unwrap().action else { panic!("not enable") };
+        *enable
+    }
+
+    /// A service that runs, is started at boot, and can be set up.
+    fn facts() -> Facts {
+        let names = Names::new("web", false).unwrap();
+        Facts {
+            places: places(&names).unwrap(),
+            may_write: true,
+            backend: BackendFacts {
+                id: "web.service".into(),
+                load_state: "loaded".into(),
+                is_up: true,
+                file_state: "enabled".into(),
+            },
+            socket: UnitFacts { load_state: "bad-setting".into(), ..UnitFacts::default() },
+            service: ServiceFacts { load_state: "loaded".into(), ..ServiceFacts::default() },
+            listeners: vec![ListenerFacts::default()],
+            reach: Reach {
+                addresses: vec!["127.0.0.1:8081".parse::<SocketAddr>().unwrap().into()],
+                is_answered: true,
+                ..Reach::default()
+            },
+            links: vec![Link { path: "/etc/x.wants/web.service".into(), target: "/lib/web.service".into() }],
+            names,
+            ..Facts::default()
+        }
+    }
+
+    /// The facts once the plan has been carried out.
+    fn done(plan: &Plan, mut facts: Facts) -> Facts {
+        for Change { path, after, .. } in &plan.files {
+            match after {
+                Some(text) => drop(facts.files.insert(path.clone(), text.clone())),
+                None => drop(facts.files.remove(path)),
+            }
+        }
+        for step in &plan.after {
+            match step {
+                Step::Disable { unit, .. } if *unit == facts.names.unit => {
+                    facts.backend.file_state = "disabled".into();
+                    facts.links.clear();
+                }
+                Step::Enable(_) => facts.socket.file_state = "enabled".into(),
+                Step::Do(Job::Start, unit) if *unit == facts.names.socket => facts.socket.is_up = true,
+                Step::Do(Job::Start, unit) if *unit == facts.names.service => facts.service.is_up = true,
+                _ => {}
+            }
+        }
+        facts.socket.load_state = "loaded".into();
+        facts
+    }
+
+    fn holder(program: &str, unit: &str) -> Holder {
+        Holder { pid: 7, program: program.into(), units: vec![unit.into()] }
+    }
+
+    #[test]
+    fn a_service_is_set_up_once_and_undone_once() {
+        let plan = enable(&args(&ADDRESSES), &facts()).unwrap();
+        let unit = |name: &str| name.to_owned();
+        let expected = [
+            Step::Disable { unit: unit("web.service"), at_runtime: false },
+            Step::Enable(unit("drowse@web.socket")),
+            Step::Reload,
+            Step::Do(Job::Start, unit("drowse@web.socket")),
+            Step::Do(Job::Start, unit("drowse@web.service")),
+        ];
+        assert_eq!(plan.after, expected);
+        assert_eq!(plan.files.len(), 2, "{:?}", plan.files);
+        let after = done(&plan, facts());
+        assert!(enable(&args(&ADDRESSES), &after).unwrap().is_empty());
+
+        let undo = disable(&after).unwrap();
+        assert!(undo.files.iter().all(|change| change.after.is_none()) && undo.files.len() == 2);
+        assert!(undo.after.contains(&Step::Restore(facts().links)), "{:?}", undo.after);
+        let again = disable(&done(&undo, after)).unwrap();
+        assert!(again.is_empty() && again.outcome.contains("has not set up"), "{again:?}");
+    }
+
+    #[test]
+    fn only_what_an_option_concerns_is_restarted() {
+        let after = done(&enable(&args(&ADDRESSES), &facts()).unwrap(), facts());
+        let restart = |options: &[&str]| {
+            let plan = enable(&args(options), &after).unwrap();
+            let jobs = plan.after.iter().filter(|step| matches!(step, Step::Do(..)));
+            jobs.map(|step| step.describe(&after.names)).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            restart(&[&ADDRESSES[..], &["--idle-time", "1h"]].concat()),
+            ["restart drowse@web.service"]
+        );
+        let moved = ["--listen", ":80", "--backend", "127.0.0.1:8081"];
+        assert_eq!(restart(&moved), ["restart drowse@web.socket"]);
+    }
+
+    #[test]
+    fn a_service_that_sleeps_already_wakes_with_its_first_client() {
+        let mut facts = facts();
+        (facts.backend.is_up, facts.backend.file_state) = (false, "static".into());
+        facts.links.clear();
+        let plan = enable(&args(&ADDRESSES), &facts).unwrap();
+        assert_eq!(plan.after.last(), Some(&Step::Do(Job::Start, "drowse@web.socket".into())));
+        assert!(!plan.after.iter().any(|step| matches!(step, Step::Disable { .. })));
+        let undo = disable(&done(&plan, facts)).unwrap();
+        assert!(
+            !undo.after.iter().any(|step| matches!(step, Step::Do(..) | Step::Restore(_))),
+            "{:?}",
+            undo.after
+        );
+    }
+
+    #[test]
+    fn each_problem_has_its_next_step() {
+        let web = || vec![holder("web", "web.service")];
+        let taken = |holders| ListenerFacts {
+            is_taken: true,
+            obstacle: Some("somebody listens there".into()),
+            holders,
+            is_ours: false,
+        };
+        type Spoil = Box<dyn Fn(&mut Facts)>;
+        let cases: Vec<(&str, Spoil)> = vec![
+            ("only root may", Box::new(|facts| facts.may_write = false)),
+            ("systemctl list-unit-files", Box::new(|facts| facts.backend.load_state = "not-found".into())),
+            ("systemctl unmask web.service", Box::new(|facts| facts.backend.load_state = "masked".into())),
+            ("enable httpd.service instead", Box::new(|facts| facts.backend.id = "httpd.service".into())),
+            ("install the package", Box::new(|facts| facts.socket.load_state = "not-found".into())),
+            ("unmask drowse@web.service", Box::new(|facts| facts.service.load_state = "masked".into())),
+            ("install drowse at that path", Box::new(|facts| facts.service.program = Some("/x".into()))),
+            ("must move to another", Box::new(move |facts| facts.listeners = vec![taken(web())])),
+            (
+                "is taken by a socket unit",
+                Box::new(move |facts| facts.listeners = vec![taken(vec![holder("systemd", "init.scope")])]),
+            ),
+            ("ss -ltnp sport = :8080", Box::new(move |facts| facts.listeners = vec![taken(vec![])])),
+            (
+                "systemctl disable --now web.socket",
+                Box::new(move |facts| {
+                    facts.listeners = vec![taken(vec![])];
+                    let listens = vec!["[::]:8080".parse().unwrap()];
+                    facts.own_sockets = vec![Own { name: "web.socket".into(), is_up: true, listens }];
+                }),
+            ),
+            (
+                "drowse would not start it",
+                Box::new(|facts| {
+                    facts.backend.is_up = false;
+                    facts.reach.holders = vec![holder("x", "other.service")];
+                }),
+            ),
+            ("is no address here", Box::new(|facts| facts.reach.unresolved = Some("no such name".into()))),
+            (
+                "move it away, and give its settings as options",
+                Box::new(|facts| drop(facts.files.insert(facts.places.conf.clone(), "DROWSE_X=1".into()))),
+            ),
+            (
+                "give them with --listen",
+                Box::new(|facts| facts.drop_ins = vec![("/x.conf".into(), "ListenStream=80".into())]),
+            ),
+        ];
+        for (words, spoil) in cases {
+            let mut facts = facts();
+            spoil(&mut facts);
+            let problems = enable(&args(&ADDRESSES), &facts).unwrap_err();
+            assert!(problems.len() == 1 && problems[0].contains(words), "{words}: {problems:?}");
+        }
+        let same = ["--listen", ":8081", "--backend", "127.0.0.1:8081"];
+        let problems = enable(&args(&same), &facts()).unwrap_err();
+        assert!(problems[0].contains("takes in the backend's own address"), "{problems:?}");
+    }
+
+    #[test]
+    fn an_address_that_is_ours_already_is_no_problem() {
+        let mut facts = facts();
+        facts.listeners = vec![ListenerFacts {
+            is_ours: true,
+            is_taken: true,
+            obstacle: Some("x".into()),
+            holders: vec![],
+        }];
+        assert!(enable(&args(&ADDRESSES), &facts).is_ok());
+    }
+
+    #[test]
+    fn what_is_odd_is_told_and_stops_nobody() {
+        type Spoil = Box<dyn Fn(&mut Facts)>;
+        let cases: Vec<(&str, Spoil)> = vec![
+            (
+                "nobody accepts connections at its address 127.0.0.1:8081; it listens at 127.0.0.1:9000",
+                Box::new(|facts| {
+                    facts.reach.is_answered = false;
+                    facts.reach.elsewhere = vec!["127.0.0.1:9000".parse().unwrap()];
+                }),
+            ),
+            (
+                "not web.service but x (process 7, x.service) listens",
+                Box::new(|facts| facts.reach.holders = vec![holder("x", "x.service")]),
+            ),
+            (
+                "news.service starts web.service",
+                Box::new(|facts| facts.dependents = vec!["news.service".into()]),
+            ),
+            (
+                "systemctl disable --now web.socket",
+                Box::new(|facts| {
+                    facts.own_sockets = vec![Own { name: "web.socket".into(), ..Own::default() }];
+                }),
+            ),
+            ("no hand-off here", Box::new(|facts| facts.no_handoff = Some("no bpffs".into()))),
+        ];
+        for (words, spoil) in cases {
+            let mut facts = facts();
+            spoil(&mut facts);
+            let notes = enable(&args(&ADDRESSES), &facts).unwrap().notes;
+            assert!(notes.len() == 1 && notes[0].contains(words), "{words}: {notes:?}");
+        }
+    }
+
+    #[test]
+    fn what_others_wrote_stays() {
+        let mut facts = facts();
+        facts.files.insert(facts.places.conf.clone(), "DROWSE_BACKEND=:1\n".into());
+        let problems = disable(&facts).unwrap_err();
+        assert!(problems[0].contains("was written by hand"), "{problems:?}");
+    }
+}
