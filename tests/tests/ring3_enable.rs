@@ -55,9 +55,7 @@ const SYSTEM: [&str; 3] = ["/etc/systemd", "/etc/drowse", "/run/systemd/system"]
 
 fn drowse(installation: &Installation, command: &str, words: &[&str]) -> Result<Output> {
     let line = ["drowse", command, "web"].into_iter().chain(words.iter().copied());
-    let output = installation.systemd.run(line)?;
-    println!("# drowse {command} web {}\n{}", words.join(" "), text(&output));
-    Ok(output)
+    installation.systemd.run(line)
 }
 
 fn text(output: &Output) -> String {

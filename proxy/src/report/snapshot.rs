@@ -380,13 +380,15 @@ impl History {
         }
         match (before, after) {
             (State::Settling(_), State::Stopping(_)) => self.memory_before = memory(),
-            (State::Settling(_), State::Awake) | (State::Awake, State::Settling(_)) => {}
             (State::Waking { started_by_us: true, .. }, State::Awake) => {
                 self.remembered.woke();
                 self.remembered.activated(lasted, wall());
                 return true;
             }
-            (_, State::Awake | State::Settling(_)) => {
+            (
+                State::Waking { .. } | State::Asleep | State::Failed { .. } | State::Stopping(_),
+                State::Awake,
+            ) => {
                 self.remembered.woke();
                 return true;
             }
@@ -394,7 +396,7 @@ impl History {
                 self.remembered.slept(self.memory_before.take(), wall());
                 return true;
             }
-            (_, State::Waking { .. } | State::Stopping(_)) => {}
+            (_, State::Waking { .. } | State::Awake | State::Settling(_) | State::Stopping(_)) => {}
         }
         false
     }

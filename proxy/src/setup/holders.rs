@@ -131,10 +131,11 @@ const STREAM: u16 = 1;
 
 fn sockets(process: &Process) -> impl Iterator<Item = u64> {
     let descriptors = process.fd().into_iter().flatten().flatten();
-    descriptors.filter_map(|descriptor| match descriptor.target {
-        FDTarget::Socket(inode) => Some(inode),
-        _ => None,
-    })
+    descriptors.filter_map(
+        |descriptor| {
+            if let FDTarget::Socket(inode) = descriptor.target { Some(inode) } else { None }
+        },
+    )
 }
 
 fn holder(process: &Process) -> Option<Holder> {

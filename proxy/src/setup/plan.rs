@@ -563,6 +563,9 @@ mod tests {
 
     const ADDRESSES: [&str; 4] = ["--listen", "127.0.0.1:8080", "--backend", "127.0.0.1:8081"];
 
+    /// Makes the facts worse.
+    type Spoil = Box<dyn Fn(&mut Facts)>;
+
     fn args(options: &[&str]) -> EnableArgs {
         let line = ["drowse", "enable", "web"].iter().chain(options);
         let Action::Enable(enable) = Cli::try_parse_from(line).unwrap().action else { panic!("not enable") };
@@ -612,7 +615,7 @@ mod tests {
                 Step::Enable(_) => facts.socket.file_state = "enabled".into(),
                 Step::Do(Job::Start, unit) if *unit == facts.names.socket => facts.socket.is_up = true,
                 Step::Do(Job::Start, unit) if *unit == facts.names.service => facts.service.is_up = true,
-                _ => {}
+                Step::Disable { .. } | Step::Restore(_) | Step::Reload | Step::Do(..) => {}
             }
         }
         facts.socket.load_state = "loaded".into();
@@ -687,7 +690,6 @@ mod tests {
             holders,
             is_ours: false,
         };
-        type Spoil = Box<dyn Fn(&mut Facts)>;
         let cases: Vec<(&str, Spoil)> = vec![
             ("only root may", Box::new(|facts| facts.may_write = false)),
             ("systemctl list-unit-files", Box::new(|facts| facts.backend.load_state = "not-found".into())),
@@ -752,7 +754,6 @@ mod tests {
 
     #[test]
     fn what_is_odd_is_told_and_stops_nobody() {
-        type Spoil = Box<dyn Fn(&mut Facts)>;
         let cases: Vec<(&str, Spoil)> = vec![
             (
                 "nobody accepts connections at its address 127.0.0.1:8081; it listens at 127.0.0.1:9000",

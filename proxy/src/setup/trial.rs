@@ -26,7 +26,7 @@ const CONNECT_TIME: Duration = Duration::from_secs(5);
 /// What may be needed beyond the time that a start may take.
 const MARGIN: Duration = Duration::from_secs(5);
 /// The longest that anybody waits for an answer.
-const WAIT_MAX: Duration = Duration::from_secs(600);
+const WAIT_MAX: Duration = Duration::from_mins(10);
 /// How long the journal may take.
 const JOURNAL_TIME: Duration = Duration::from_secs(2);
 
@@ -147,7 +147,7 @@ async fn connect(listen: &Address) -> anyhow::Result<Socket> {
             Ok(Ok(socket)) => return Ok(socket),
             Ok(Err(error)) => last = Some(format!("{}: {error}", address::display(address))),
             Err(_elapsed) => {
-                last = Some(format!("{}: no answer within {CONNECT_TIME:?}", address::display(address)))
+                last = Some(format!("{}: no answer within {CONNECT_TIME:?}", address::display(address)));
             }
         }
     }

@@ -23,7 +23,7 @@ use super::unit::{ActiveState, object_path};
 use crate::activation::Failure;
 
 /// How long a job may take: the time that systemd gives a start or a stop by default, twice.
-const JOB_TIMEOUT: Duration = Duration::from_secs(180);
+const JOB_TIMEOUT: Duration = Duration::from_mins(3);
 
 /// A unit in one line, as `systemctl list-units` has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,9 +104,8 @@ impl Properties {
     #[must_use]
     pub fn rows(&self, name: &str) -> Vec<Vec<String>> {
         let Some(Variant::Array(rows)) = self.0.get(name).map(|value| &**value) else { return Vec::new() };
-        let strings = |row: &Variant<'_>| match row {
-            Variant::Structure(row) => texts(row),
-            _ => Vec::new(),
+        let strings = |row: &Variant<'_>| {
+            if let Variant::Structure(row) = row { texts(row) } else { Vec::new() }
         };
         rows.iter().map(strings).collect()
     }
