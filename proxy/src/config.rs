@@ -10,6 +10,7 @@ use ipnet::IpNet;
 
 use crate::address::Address;
 use crate::admission;
+use crate::ebpf::PIN_DIR;
 use crate::idle::IdlePolicy;
 use crate::lifecycle::{IdleAction, Ownership, Rules};
 use crate::plane::splice::PIPES_MAX;
@@ -24,6 +25,11 @@ pub const WORKERS_DEFAULT_MAX: usize = 4;
 pub const DESCRIPTORS_PER_FLOW: u64 = 2;
 /// The default of `--connections-max` where the limit on open files allows it.
 pub const CONNECTIONS_MAX_DEFAULT: u64 = 10_000;
+
+/// How often `drowse top` may look, so that looking costs nothing that can be noticed.
+pub const INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// How seldom `drowse top` may look.
+pub const INTERVAL_MAX: Duration = Duration::from_hours(1);
 
 /// A service sleeps until its first connection: drowse holds the client, starts the backend, gets out of the way,
 /// and stops the backend when nobody uses it any more.
@@ -46,6 +52,8 @@ pub enum Action {
     Disable(DisableArgs),
     /// Show what sleeps and what is awake, or all about one: why is it awake, how do its bytes travel
     Status(StatusArgs),
+    /// Watch every running drowse: states, flows, rates, time to sleep
+    Top(TopArgs),
     /// Show what is possible on this machine and how to get the rest
     Check(LookArgs),
 }
@@ -203,6 +211,18 @@ pub struct StatusArgs {
     pub look: LookArgs,
 }
 
+/// The options of `drowse top`.
+#[derive(Clone, Debug, Args)]
+pub struct TopArgs {
+    /// How often to look
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = interval)]
+    pub interval: Duration,
+
+    /// Where the status sockets are [default: /run/drowse and `$XDG_RUNTIME_DIR/drowse`]
+    #[arg(long, value_name = "DIR", env = "DROWSE_RUNTIME_DIR")]
+    pub runtime_dir: Option<PathBuf>,
+}
+
 /// The options of a command that looks at running services.
 #[derive(Clone, Debug, Args)]
 pub struct LookArgs {
@@ -319,7 +339,7 @@ pub struct RunArgs {
     pub runtime_dir: Option<PathBuf>,
 
     /// The directory of a BPF file system where eBPF maps are pinned, for bpftool and for the next drowse
-    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/drowse", env = "DROWSE_PIN_DIR")]
+    #[arg(long, value_name = "DIR", default_value = PIN_DIR, env = "DROWSE_PIN_DIR")]
     pub pin_dir: PathBuf,
 
     /// Serve metrics for Prometheus here, as OpenMetrics text at `/metrics`. Whoever can connect can read them
@@ -528,6 +548,14 @@ fn duration(text: &str) -> Result<Duration, String> {
     }
     humantime::parse_duration(text)
         .map_err(|error| format!("{error}; write it as 90s, 15min, 2h 30s or infinity"))
+}
+
+/// The time between two looks.
+fn interval(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        time if (INTERVAL_MIN..=INTERVAL_MAX).contains(&time) => Ok(time),
+        _ => Err(format!("it is between {INTERVAL_MIN:?} and {INTERVAL_MAX:?}")),
+    }
 }
 
 fn ready_probe(text: &str) -> Result<ReadyProbe, String> {

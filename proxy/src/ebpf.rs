@@ -25,7 +25,7 @@ pub mod facts;
 mod pins;
 
 pub use facts::{Answer, Availability, Fact, availability, cgroup2_root, kernel_version};
-pub use pins::pin_name;
+pub use pins::{PIN_DIR, open_flows, pin_name};
 
 use crate::sys::{self, Readable};
 use pins::Pins;

@@ -8,7 +8,7 @@ use clap::Parser as _;
 use drowse::config::{Action, Cli, RunArgs};
 use drowse::listener::Passed;
 use drowse::log;
-use drowse::report::{Said, check, status};
+use drowse::report::{Said, check, status, top};
 use drowse::setup::{self, Ended};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         Action::Enable(args) => set_up(async |out| setup::enable(&args, out).await),
         Action::Disable(args) => set_up(async |out| setup::disable(&args, out).await),
         Action::Status(args) => tell(status::status(&args)),
+        Action::Top(args) => tell(top::top(&args)),
         Action::Check(args) => tell(check::check(&args)),
     }
 }

@@ -13,6 +13,7 @@ pub mod status;
 pub mod status_line;
 pub mod tell;
 pub mod text;
+pub mod top;
 
 /// What a command that only looks has to say.
 #[derive(Clone, Debug, PartialEq, Eq)]

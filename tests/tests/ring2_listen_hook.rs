@@ -14,7 +14,7 @@ use std::time::Duration;
 use std::{env, fs, thread};
 
 use aya::maps::{HashMap, Map, MapData};
-use drowse::ebpf::{Answer, Object, availability, pin_name};
+use drowse::ebpf::{Answer, Object, PIN_DIR, availability, pin_name};
 use drowse::readiness::listen_hook::{Listen, ListenHook};
 use drowse_ebpf::{LISTEN_EVENTS_BYTES, ListenEvent, Listens};
 use rustix::mount::{MountFlags, mount};
@@ -82,7 +82,7 @@ struct Hook {
 
 impl Hook {
     fn attach(name: &str, ports: &[u16]) -> anyhow::Result<Self> {
-        let mut object = Object::load(Path::new("/sys/fs/bpf/drowse"), name)?;
+        let mut object = Object::load(Path::new(PIN_DIR), name)?;
         let events = ListenHook::attach(&mut object, ports)?;
         Ok(Self { events, object })
     }

@@ -6,6 +6,7 @@
 //! Rests on: `flock(2)` on a directory, which the kernel releases with the process however it dies; on bpffs refusing
 //! names with a dot (`bpf_lookup` in `kernel/bpf/inode.c`).
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
@@ -13,11 +14,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use aya::Ebpf;
-use aya::maps::MapInfo;
+use aya::maps::{HashMap, Map, MapData, MapInfo};
 use drowse_ebpf::{FLOWS_MAX, Flow, Mark, Service, map};
 use rustix::fs::{FlockOperation, flock};
 
 use super::facts::{self, Answer};
+
+/// Where maps are pinned unless it is said otherwise.
+pub const PIN_DIR: &str = "/sys/fs/bpf/drowse";
 
 /// Longest name of a file, `NAME_MAX`.
 const NAME_BYTES_MAX: usize = 255;
@@ -123,6 +127,21 @@ fn has_shape(name: &str, path: &Path) -> bool {
     let fits =
         |info: MapInfo| info.value_size() as usize == value_size && info.max_entries() as usize == entries;
     path.exists() && MapInfo::from_pin(path).is_ok_and(fits)
+}
+
+/// The open flows of the service `name` that were handed off, by cookie, `max` of them at most: as far as drowse has
+/// brought their counters up to date. Costs two system calls a flow, and drowse nothing.
+///
+/// # Errors
+/// The map is not pinned, because nothing is handed off or drowse is not loaded; or it is not ours to look into.
+pub fn open_flows(name: &str, max: usize) -> anyhow::Result<BTreeMap<u64, Flow>> {
+    let path = Path::new(PIN_DIR).join(pin_name(name)?).join(map::FLOWS);
+    let data = MapData::from_pin(&path).with_context(|| format!("open {}", path.display()))?;
+    let flows: HashMap<MapData, u64, Flow> =
+        Map::HashMap(data).try_into().with_context(|| format!("understand {}", path.display()))?;
+    // Fused, and a flow is there once: the walk begins anew after its end, and when its place in it is taken out.
+    let found = flows.iter().fuse().take(max).filter_map(Result::ok).collect();
+    Ok(found)
 }
 
 /// Makes `directory` and locks it.

@@ -205,13 +205,13 @@ fn today(today: Today) -> String {
 }
 
 /// Open flows: those that drowse moves, and after a plus those that were handed off.
-fn flows(snapshot: &Snapshot) -> String {
+pub(super) fn flows(snapshot: &Snapshot) -> String {
     let (proxied, handed_off) = (snapshot.flows.proxied.open, snapshot.flows.handed_off.open);
     if handed_off > 0 { format!("{proxied}+{handed_off}") } else { proxied.to_string() }
 }
 
 /// How new connections travel, or will when the backend is awake.
-fn plane(snapshot: &Snapshot) -> String {
+pub(super) fn plane(snapshot: &Snapshot) -> String {
     let planes: Vec<&str> =
         snapshot.plane.handoff.listeners.iter().map(|listener| snapshot.plane.of(listener)).collect();
     let forward = snapshot.plane.forward.as_str();
@@ -224,7 +224,7 @@ fn plane(snapshot: &Snapshot) -> String {
 }
 
 /// Why it is in this state, in a few words.
-fn why(snapshot: &Snapshot) -> String {
+pub(super) fn why(snapshot: &Snapshot) -> String {
     if !snapshot.idle.reasons.is_empty() {
         return snapshot.idle.reasons.join("; ");
     }
@@ -294,7 +294,7 @@ fn refused(refused: Refused) -> String {
     }
 }
 
-fn wake_ups(snapshot: &Snapshot) -> String {
+pub(super) fn wake_ups(snapshot: &Snapshot) -> String {
     let total = Some(snapshot.activations_total.to_string()).filter(|_| snapshot.source == Source::Drowse);
     let last = snapshot
         .last_activation
@@ -329,14 +329,14 @@ fn elapsed_s(seconds: f64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::report::counters::Counters;
     use crate::report::snapshot::{
         Activation, Flows, HandoffView, Idle, LastFailure, ListenerView, PlaneView, SCHEMA, StateName,
     };
 
-    fn snapshot() -> Snapshot {
+    pub(in crate::report) fn snapshot() -> Snapshot {
         Snapshot {
             schema: SCHEMA,
             name: "dice".into(),
