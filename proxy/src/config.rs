@@ -26,8 +26,8 @@ pub const DESCRIPTORS_PER_FLOW: u64 = 2;
 /// The default of `--connections-max` where the limit on open files allows it.
 pub const CONNECTIONS_MAX_DEFAULT: u64 = 10_000;
 
-/// How often `drowse top` may look, so that looking costs nothing that can be noticed.
-pub const INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// How often `drowse top` may look: counters of flows that were handed off are brought up to date no more often.
+pub const INTERVAL_MIN: Duration = Duration::from_secs(1);
 /// How seldom `drowse top` may look.
 pub const INTERVAL_MAX: Duration = Duration::from_hours(1);
 

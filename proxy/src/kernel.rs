@@ -36,8 +36,8 @@ const SEARCH_PAUSE: Duration = Duration::from_secs(1);
 
 /// Longer than it takes to deal with a packet that has come.
 const PACKET_TIME: Duration = Duration::from_millis(50);
-/// The shortest time between two inspections for somebody who looks. Less than a second, so that `drowse top` gets one at
-/// each of its looks.
+/// The shortest time between two inspections for somebody who looks. A little less than
+/// `drowse top` waits between two looks, so that each gets one.
 const LOOK_PAUSE: Duration = Duration::from_millis(800);
 
 /// What the kernel has to tell.

@@ -8,7 +8,6 @@
 
 use std::io::{self, IsTerminal as _, Stdin};
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -20,7 +19,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::MissedTickBehavior;
 
 use self::keys::{Key, Keys};
-use self::model::{CountedFlow, Id, Model, Reaction};
+use self::model::{CountedFlow, Model, Reaction};
 use self::view::Abilities;
 use crate::clock;
 use crate::config::TopArgs;
@@ -39,9 +38,6 @@ const ESCAPE_TIME: Duration = Duration::from_millis(100);
 const INPUT_BYTES: usize = 256;
 /// The flows of one service that are looked at, at most.
 pub const FLOWS_SHOWN_MAX: usize = 1000;
-
-/// What a look found: the services, and the flows of the one that is looked into.
-type Found = (anyhow::Result<Vec<Service>>, Option<(Id, Result<Vec<CountedFlow>, String>)>);
 
 /// Shows all services until somebody quits, or the terminal goes away.
 ///
@@ -90,34 +86,29 @@ async fn watch(
     let mut looks = tokio::time::interval(args.interval);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut looking = None;
-    let mut is_drawn = false;
     loop {
-        if !is_drawn && terminal.draw(|frame| view::draw(frame, &model, can)).is_err() {
+        if terminal.draw(|frame| view::draw(frame, &model, can)).is_err() {
             return Ok(());
         }
-        is_drawn = false;
-        let reaction = tokio::select! {
-            biased;
-            reaction = signals.next() => reaction,
-            keys = input.keys() => {
-                keys.into_iter().map(|key| model.press(key)).max().unwrap_or(Reaction::Stay)
-            }
-            found = finished(&mut looking) => {
-                looking = None;
-                take(&mut model, found);
-                Reaction::Stay
-            }
-            _ = looks.tick(), if looking.is_none() => {
-                is_drawn = true;
-                Reaction::Ask
+        let reaction = loop {
+            tokio::select! {
+                biased;
+                reaction = signals.next() => break reaction,
+                keys = input.keys() => break model.press_all(&keys),
+                services = finished(&mut looking) => {
+                    looking = None;
+                    take(&mut model, services);
+                    // The answers have brought the kernel's counters up to date.
+                    break Reaction::LookInto;
+                }
+                _ = looks.tick(), if looking.is_none() => {
+                    looking = Some(Box::pin(control::ask_all(&directories, |_| true)));
+                }
             }
         };
         match reaction {
             Reaction::Quit => return Ok(()),
-            Reaction::Ask => {
-                let into = model.looked_into().map(|watched| (watched.id.clone(), watched.name.clone()));
-                looking = Some(Box::pin(look(directories.clone(), into)));
-            }
+            Reaction::LookInto => look_into(&mut model),
             Reaction::Stay => {}
         }
     }
@@ -130,20 +121,18 @@ async fn finished<T>(task: &mut Option<std::pin::Pin<Box<impl Future<Output = T>
     }
 }
 
-/// Asks all services; the answers bring what the kernel counts up to date.
-async fn look(directories: Vec<PathBuf>, into: Option<(Id, String)>) -> Found {
-    let services = control::ask_all(&directories, |_| true).await;
-    (services, into.map(|(id, name)| (id, flows(&name))))
-}
-
-fn take(model: &mut Model, (services, flows): Found) {
-    let now = clock::now();
+fn take(model: &mut Model, services: anyhow::Result<Vec<Service>>) {
     match services {
-        Ok(services) => model.update(services, now),
+        Ok(services) => model.update(services, clock::now()),
         Err(error) => model.trouble = Some(format!("{error:#}")),
     }
-    if let Some((of, flows)) = flows {
-        model.update_flows(&of, flows, now);
+}
+
+/// Reads the flows of the service that is looked into, if one is.
+fn look_into(model: &mut Model) {
+    if let Some(watched) = model.looked_into() {
+        let (of, flows) = (watched.id.clone(), flows(&watched.name));
+        model.update_flows(&of, flows, clock::now());
     }
 }
 

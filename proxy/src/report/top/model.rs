@@ -237,8 +237,8 @@ pub struct Model {
 pub enum Reaction {
     /// Go on.
     Stay,
-    /// Go on, and ask again at once.
-    Ask,
+    /// Go on, and look into another service at once.
+    LookInto,
     /// Quit.
     Quit,
 }
@@ -354,6 +354,11 @@ impl Model {
         self.flows.as_ref().filter(|flows| flows.of == *of).map(|flows| &flows.lines)
     }
 
+    /// Somebody pressed these keys.
+    pub fn press_all(&mut self, keys: &[Key]) -> Reaction {
+        keys.iter().map(|key| self.press(*key)).max().unwrap_or(Reaction::Stay)
+    }
+
     /// Somebody pressed a key.
     pub fn press(&mut self, key: Key) -> Reaction {
         if key == Key::Interrupt {
@@ -370,7 +375,7 @@ impl Model {
             Key::Char('/') => self.is_filtering = true,
             Key::Enter => {
                 self.shows_flows = !self.shows_flows;
-                return Reaction::Ask;
+                return Reaction::LookInto;
             }
             Key::Up | Key::Char('k') => return self.select(|at| at.saturating_sub(1)),
             Key::Down | Key::Char('j') => return self.select(|at| at + 1),
@@ -409,7 +414,7 @@ impl Model {
         let shown = self.shown();
         let wanted = step(self.selected()).min(shown.len().saturating_sub(1));
         self.selected = shown.get(wanted).map(|watched| watched.id.clone());
-        if self.shows_flows { Reaction::Ask } else { Reaction::Stay }
+        if self.shows_flows { Reaction::LookInto } else { Reaction::Stay }
     }
 }
 
@@ -580,7 +585,7 @@ pub(super) mod tests {
     fn flows_have_rates_and_the_busiest_is_first() {
         let mut model = Model::new(s(1));
         model.update(vec![service("a", 0), service("b", 0)], s(10));
-        assert_eq!(model.press(Key::Enter), Reaction::Ask);
+        assert_eq!(model.press(Key::Enter), Reaction::LookInto);
         let flow = |cookie: u64, bytes: u64| CountedFlow {
             cookie,
             client: format!("192.0.2.{cookie}:4000"),
@@ -599,7 +604,7 @@ pub(super) mod tests {
             [("192.0.2.2:4000", Some(20)), ("192.0.2.1:4000", Some(0)), ("192.0.2.3:4000", None)]
         );
         assert_eq!((lines[0].age, lines[0].silent), (s(4), s(2)));
-        assert_eq!(model.press(Key::Down), Reaction::Ask);
+        assert_eq!(model.press(Key::Down), Reaction::LookInto);
         assert!(model.known_flows().is_none(), "those of another service");
         model.update_flows(&of, Err("not permitted".into()), s(13));
         model.press(Key::Up);
