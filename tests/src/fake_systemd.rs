@@ -193,7 +193,7 @@ impl Default for FakeUnit {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct State {
     units: BTreeMap<String, FakeUnit>,
     /// The unique name of the client that called `Subscribe`.
@@ -482,6 +482,13 @@ impl Service {
                 let units: Vec<_> = names.iter().map(|name| listed(&lock(&self.state), name)).collect();
                 conn.reply(&header, &(units,)).await?;
             }
+            "ListUnitsByPatterns" => {
+                let (_, patterns): (Vec<String>, Vec<String>) = body.deserialize()?;
+                let state = lock(&self.state).clone();
+                let names = state.units.keys().filter(|name| patterns.iter().any(|one| matches(one, name)));
+                let units: Vec<_> = names.map(|name| listed(&state, name)).collect();
+                conn.reply(&header, &(units,)).await?;
+            }
             "Get" => {
                 let (interface, property): (String, String) = body.deserialize()?;
                 let path = header.path().map(ToString::to_string).unwrap_or_default();
@@ -595,6 +602,14 @@ fn next_answer(state: &mut State, name: &str, start: bool) -> (u32, Answer) {
         unit.job = Some(id);
     }
     (id, answer)
+}
+
+/// As glob(7), for patterns with one `*` or none.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        Some((begin, end)) => name.starts_with(begin) && name.ends_with(end),
+        None => pattern == name,
+    }
 }
 
 type Listed = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use drowse::report::control::Control;
-use drowse::report::snapshot::{FlowCount, HandoffState, Snapshot, StateName};
+use drowse::report::snapshot::{FlowCount, HandoffState, Snapshot, Source, StateName};
 use drowse_tests::deadline::eventually;
 use drowse_tests::drowse_binary;
+use drowse_tests::fake_systemd::{FakeSystemd, FakeUnit, PrivateBus};
 use drowse_tests::process::{Drowse, RUNTIME_DIR, SOON, backend, connect, echo, one_request, public};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -450,6 +451,54 @@ fn check_names_every_fact_and_every_listener() -> Result<()> {
     }
     ensure!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
     ensure!(text.contains(&public()), "{text}");
+    Ok(())
+}
+
+/// What a COMMAND's processes use, and what its sleep saves.
+#[test]
+fn memory_is_told_in_use_and_saved() -> Result<()> {
+    let drowse = run(&["--idle-time", "300ms"], &[])?;
+    ensure!(snapshot(&drowse)?.memory_saved_bytes.is_none(), "nothing has slept yet");
+    let mut client = connect()?;
+    echo(&mut client, b"good morning")?;
+    let awake = wait_for(&drowse, StateName::Awake)?;
+    let used = awake.memory_bytes.context("the memory in use")?;
+    ensure!((100 << 10..1 << 30).contains(&used) && awake.memory_saved_bytes.is_none(), "{awake:?}");
+    ensure!(awake.today.is_some_and(|today| today.activations == 1), "{awake:?}");
+    drop(client);
+    let asleep = wait_for(&drowse, StateName::Asleep)?;
+    let saved = asleep.memory_saved_bytes.context("the memory saved")?;
+    ensure!((100 << 10..1 << 30).contains(&saved) && asleep.memory_bytes.is_none(), "{asleep:?}");
+    ensure!(line(&drowse)?.contains(" saves "), "{asleep:?}");
+    Ok(())
+}
+
+/// Services whose drowse does not run are known to systemd; while that cannot be asked, those that run are told.
+#[tokio::test]
+async fn sleepers_are_told_while_systemd_can_be_asked() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let bus = PrivateBus::start()?;
+    let unit = |active| FakeUnit { active, ..FakeUnit::default() };
+    let mut systemd = FakeSystemd::start(&bus, "drowse@ring1-sleeper.socket", unit("active")).await?;
+    systemd.set_unit("drowse@ring1-failed.socket", unit("failed"));
+    systemd.set_unit("drowse@ring1-off.socket", unit("inactive"));
+    systemd.set_unit("ring1-sleeper.service", unit("inactive"));
+    let status = async || {
+        let mut command = tokio::process::Command::new(drowse_binary()?);
+        command.args(["status", "--json"]).env_remove(RUNTIME_DIR).env_remove("DBUS_SESSION_BUS_ADDRESS");
+        command.env("XDG_RUNTIME_DIR", directory.path()).env("DBUS_SYSTEM_BUS_ADDRESS", bus.address());
+        let output = command.output().await?;
+        ensure!(output.status.success(), "{output:?}");
+        let all: Vec<Snapshot> = serde_json::from_slice(&output.stdout)?;
+        anyhow::Ok(all.into_iter().filter(|one| one.name.starts_with("ring1-")).collect::<Vec<_>>())
+    };
+    let told = status().await?;
+    let names: Vec<_> = told.iter().map(|one| (one.name.as_str(), one.state)).collect();
+    ensure!(names == [("ring1-failed", StateName::Failed), ("ring1-sleeper", StateName::Asleep)], "{told:?}");
+    ensure!(told[1].source == Source::Systemd && told[1].pid == 0, "{told:?}");
+    ensure!(told[1].line.ends_with("the next connection wakes ring1-sleeper.service"), "{told:?}");
+    systemd.leave_bus().await?;
+    ensure!(status().await?.is_empty());
     Ok(())
 }
 

@@ -413,6 +413,12 @@ fn a_users_own_service_is_set_up_without_root() -> Result<()> {
         })?;
         installation.ask()?;
         ensure!(well(&words)?.contains("nothing to change"));
+        well(&["systemctl", "--user", "stop", "drowse@web.service"])?;
+        let status = well(&["drowse", "status", "web"])?;
+        ensure!(
+            status.contains("all this is from systemd") && status.contains("127.0.0.1:8081, web"),
+            "{status}"
+        );
         let said = well(&["drowse", "disable", "web", "--user"])?;
         ensure!(said.contains("default.target.wants/web.service"), "{said}");
         let after = tree(installation, &home)?;
