@@ -274,8 +274,9 @@ impl Doing<'_> {
             Step::Disable { unit, at_runtime } => {
                 self.manager.disable(unit, *at_runtime).await?;
                 if *unit == self.facts.names.unit {
-                    // A unit whose own file is a link would lose it, too.
-                    files::restore(&self.facts.own_file)?;
+                    // systemd removes the unit's own file, too, if that is a link, and the links of units that its
+                    // Also= names.
+                    files::restore(&self.facts.other_links)?;
                 }
             }
             Step::Enable(unit) => self.manager.enable(unit).await?,

@@ -328,6 +328,20 @@ fn a_linked_unit_and_one_enabled_until_the_next_boot_come_back() -> Result<()> {
         ensure!(tree(installation, &SYSTEM)? == before);
         systemd.systemctl(["disable", "--now", "web.service"])?;
 
+        let extra = "[Service]\nExecStart=/usr/bin/sleep infinity\n[Install]\nWantedBy=multi-user.target\n";
+        installation.unit("extra", extra)?;
+        installation.unit("web", &format!("{unit}Also=extra.service\n"))?;
+        systemd.systemctl(["enable", "web.service"])?;
+        let before = tree(installation, &SYSTEM)?;
+        well(installation, "enable", &ADDRESSES)?;
+        ensure!(
+            property(installation, "extra.service", "UnitFileState")? == "enabled",
+            "it has nothing to do with it"
+        );
+        well(installation, "disable", &[])?;
+        ensure!(tree(installation, &SYSTEM)? == before);
+        systemd.systemctl(["disable", "--now", "web.service"])?;
+
         installation.unit("web", unit)?;
         systemd.systemctl(["enable", "--runtime", "web.service"])?;
         let before = tree(installation, &SYSTEM)?;

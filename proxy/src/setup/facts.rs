@@ -58,8 +58,8 @@ pub struct Facts {
     pub drop_ins: Vec<(PathBuf, String)>,
     /// The links by which systemd starts the service at boot.
     pub links: Vec<Link>,
-    /// The unit's own file, if it is a link to another place.
-    pub own_file: Vec<Link>,
+    /// All other links there, among them the unit's own file if that is a link to another place.
+    pub other_links: Vec<Link>,
     /// Directories that must be made, outermost first.
     pub missing_directories: Vec<PathBuf>,
     /// What of the sandbox would keep drowse from the backend.
@@ -180,7 +180,7 @@ impl Facts {
             };
             facts.service = service_facts(&d.load_state, d.is_up(), &service);
         }
-        (facts.own_file, facts.links) = links_of(&names.unit, &places);
+        (facts.links, facts.other_links) = links_of(&names.unit, &places);
         facts.dependents = dependents(&backend, &facts.links);
         facts.own_sockets = own_sockets(manager, &backend).await?;
         facts.read_files(&places);
@@ -270,14 +270,13 @@ fn addresses(socket: &Properties) -> Vec<Address> {
     rows.iter().filter_map(stream).collect()
 }
 
-/// The links that name `unit`, or point at a file of that name: the one that is the unit's own file, and the others.
+/// The links that name `unit`, or point at a file of that name, but for the unit's own file; and all others.
 fn links_of(unit: &str, places: &Places) -> (Vec<Link>, Vec<Link>) {
     let directories = [&places.directory, &places.runtime_directory];
     let is_named = |path: &Path| path.file_name().is_some_and(|name| name == unit);
+    let is_own_file = |link: &Link| directories.iter().any(|directory| link.path == directory.join(unit));
     let links = directories.into_iter().flat_map(|directory| symlinks(directory));
-    links
-        .filter(|link| is_named(&link.path) || is_named(&link.target))
-        .partition(|link| directories.iter().any(|directory| link.path == directory.join(unit)))
+    links.partition(|link| (is_named(&link.path) || is_named(&link.target)) && !is_own_file(link))
 }
 
 /// The symbolic links in a directory of units and in the directories there.
