@@ -70,10 +70,14 @@ impl Names {
         if instance.starts_with("drowse@") {
             return Err(format!("{unit} is drowse itself: name the service behind it"));
         }
+        let service = format!("drowse@{instance}.service");
+        if systemd::check_unit_name(&service).is_err() {
+            return Err(format!("{unit} has too long a name: {service} is none that systemd takes"));
+        }
         Ok(Self {
             instance: instance.to_owned(),
             socket: format!("drowse@{instance}.socket"),
-            service: format!("drowse@{instance}.service"),
+            service,
             unit,
             user,
         })
@@ -359,5 +363,33 @@ async fn listens(manager: &Manager, names: &Names) -> anyhow::Result<()> {
             names.socket
         ),
         None => anyhow::bail!("systemd does not know {}", names.socket),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_is_known_by_either_name() {
+        for text in ["my.app", "my.app.service"] {
+            let names = Names::new(text, false).unwrap();
+            assert_eq!(
+                (names.unit.as_str(), names.socket.as_str()),
+                ("my.app.service", "drowse@my.app.socket")
+            );
+        }
+        assert_eq!(Names::new("web@1", true).unwrap().service, "drowse@web@1.service");
+        for (text, says) in [
+            ("web.socket", "name the .service"),
+            ("web@", "is a template"),
+            ("drowse@web", "is drowse itself"),
+            ("a b", "systemd-escape"),
+            ("multi-user.target", "is no service"),
+        ] {
+            let error = Names::new(text, false).unwrap_err();
+            assert!(error.contains(says), "{text}: {error}");
+        }
+        assert!(Names::new(&"a".repeat(243), false).unwrap_err().contains("too long"));
     }
 }

@@ -94,7 +94,10 @@ fn memory_and_wake_ups_outlive_their_drowse() -> Result<()> {
         installation.echo("", "DROWSE_IDLE_TIME=500ms\nDROWSE_EXIT_IDLE_TIME=2s")?;
         installation.ask()?;
         let held = installation.connect()?;
-        let awake = wait_for(installation, "awake", |status| status["state"] == "awake")?;
+        // systemd is asked for the cgroup beside the first client, who waits for nothing.
+        let awake = wait_for(installation, "awake, with its memory", |status| {
+            status["state"] == "awake" && !status["memory_bytes"].is_null()
+        })?;
         let used = awake["memory_bytes"].as_u64().context("the memory in use")?;
         ensure!((100 << 10..1 << 30).contains(&used), "{used} bytes");
         ensure!(awake["memory_saved_bytes"].is_null(), "{awake:#}");
