@@ -149,8 +149,8 @@ impl FromArgMatches for RunOptions {
             }
             let values: Vec<&str> =
                 matches.get_raw(id).into_iter().flatten().filter_map(OsStr::to_str).collect();
-            // Several values in one variable are parted as `--listen` has it.
-            let value = arg.get_action().takes_values().then(|| values.join(" "));
+            let delimiter = arg.get_value_delimiter().unwrap_or(' ');
+            let value = arg.get_action().takes_values().then(|| values.join(&delimiter.to_string()));
             given.push(RunOption { long: long.to_owned(), variable: variable.to_owned(), value });
         }
         Ok(Self(given))
@@ -615,6 +615,12 @@ mod tests {
         let run = given.run_args("web.service").unwrap();
         assert_eq!((run.idle_time, run.plane), (Duration::from_secs(7230), PlaneChoice::Copy));
         assert!(enable(&[]).unwrap().options.given().is_empty(), "defaults are not written down");
+        for several in
+            [&["--allow", "10.0.0.0/8,192.0.2.1"][..], &["--allow=10.0.0.0/8", "--allow=192.0.2.1"]]
+        {
+            let run = enable(several).unwrap().run_args("web.service").unwrap();
+            assert_eq!(run.allow.len(), 2, "{several:?}");
+        }
     }
 
     #[test]

@@ -206,7 +206,7 @@ pub fn service(instance: &str, hindrances: &Hindrances) -> Option<String> {
     if hindrances.closed_socket.is_some() {
         settings.push_str(
             "# Connecting needs write permission on the backend's socket and a way through its directories.\n\
-             CapabilityBoundingSet=CAP_DAC_OVERRIDE\n",
+             CapabilityBoundingSet=CAP_DAC_OVERRIDE\nAmbientCapabilities=CAP_DAC_OVERRIDE\n",
         );
     }
     (!settings.is_empty()).then(|| heading(instance) + "[Service]\n" + &settings)
@@ -290,7 +290,10 @@ mod tests {
         let open = Hindrances { socket: Some("/run/x".into()), ..Hindrances::default() };
         assert_eq!(service("web", &open), None);
         let closed = Hindrances { closed_socket: Some("/run/x".into()), ..open };
-        assert!(service("web", &closed).unwrap().contains("CapabilityBoundingSet=CAP_DAC_OVERRIDE"));
+        for setting in ["CapabilityBoundingSet=CAP_DAC_OVERRIDE\n", "AmbientCapabilities=CAP_DAC_OVERRIDE\n"]
+        {
+            assert!(service("web", &closed).unwrap().contains(setting));
+        }
     }
 
     #[test]
