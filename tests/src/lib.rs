@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 pub mod deadline;
 pub mod fake_systemd;
 pub mod isolated;
+pub mod markdown;
 pub mod package;
 pub mod pinned;
 pub mod process;

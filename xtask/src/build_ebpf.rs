@@ -18,7 +18,7 @@ use crate::{install, process, say, workspace};
 const TARGET: &str = "bpfel-unknown-none";
 
 /// 0.11 and later want LLVM's development files.
-const BPF_LINKER: &str = "bpf-linker";
+pub const BPF_LINKER: &str = "bpf-linker";
 const BPF_LINKER_VERSION: &str = "0.10.4";
 
 /// The LLVM that this bpf-linker loads: the start of the file's name, and the name it asks for.

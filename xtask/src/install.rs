@@ -9,13 +9,14 @@ use crate::build_ebpf::DEBIAN_PACKAGES;
 use crate::{process, say};
 
 /// A Debian package, and a program or file of it that shows whether it is there.
-const PACKAGES: [(&str, &str); 12] = [
+const PACKAGES: [(&str, &str); 13] = [
     ("bpftool", "bpftool"),
     ("curl", "curl"),
     ("dbus", "dbus-daemon"),
     ("dbus-user-session", "/usr/lib/systemd/user/dbus.socket"),
     ("iproute2", "ip"),
     ("man-db", "man"),
+    ("polkitd", "/usr/lib/polkit-1/polkitd"),
     ("prometheus", "promtool"),
     ("python3", "/usr/bin/python3"),
     ("systemd", "systemctl"),
@@ -140,4 +141,28 @@ fn missing_packages() -> anyhow::Result<Vec<&'static str>> {
         packages.extend(DEBIAN_PACKAGES);
     }
     Ok(packages)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::build_ebpf::BPF_LINKER;
+    use crate::workspace;
+
+    /// People decide by the README what they let into their machine.
+    #[test]
+    fn the_readme_names_everything_that_is_installed() {
+        let readme = std::fs::read_to_string(workspace().join("README.md")).unwrap();
+        let (_, rest) = readme.split_once("As root on Debian").unwrap();
+        let (list, _) = rest.split_once("As anybody else").unwrap();
+        let named: BTreeSet<&str> = list.split('`').skip(1).step_by(2).collect();
+        let packages = PACKAGES.iter().map(|&(package, _)| package);
+        let peers = PEERS.iter().map(|&(_, package, _)| package);
+        let tools = CARGO_TOOLS.iter().map(|&(package, ..)| package);
+        let installed: BTreeSet<&str> =
+            packages.chain(peers).chain(DEBIAN_PACKAGES).chain(tools).chain([BPF_LINKER]).collect();
+        assert_eq!(named, installed);
+    }
 }
