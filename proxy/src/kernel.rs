@@ -454,10 +454,7 @@ impl Kernel {
         };
         let family =
             if missing(FAMILY_V6).is_some() { "IPv6" } else { missing(FAMILY_V4).map(|_| "IPv4")? };
-        Some(format!(
-            "{family} is proxied: the backend's address {} has the other family only (one without a host has both)",
-            self.backend
-        ))
+        Some(format!("{family} is proxied: the backend at {} does not listen for it", self.backend))
     }
 
     fn endpoints(&self) -> Vec<Endpoint> {
