@@ -8,7 +8,7 @@ use drowse_tests::workspace;
 
 const DEMO: [&str; 2] = ["xtask", "demo"];
 /// The demo bounds each of its steps, but not the build before them, which is optimised. Ends all of it.
-const BOUND: [&str; 3] = ["timeout", "--kill-after=10s", "20min"];
+const BOUND: [&str; 3] = ["timeout", "--kill-after=10s", "20m"];
 
 /// As root it runs in a network of its own, by a user who is not root there but may read root's files, for the compiler may
 /// be among them. Else it runs as it does for everybody.
