@@ -6,12 +6,14 @@
 //! `systemd.exec(5)`; the journal's native protocol; a level `<N>` in front of a line on that stream, `sd-daemon(3)`.
 
 use std::fmt;
-use std::io::{self, IsTerminal as _};
-use std::os::fd::AsFd as _;
+use std::io::{self, IsTerminal as _, Write as _};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::fstat;
 use socket2::{Domain, SockAddr, Socket, Type};
+use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Subscriber};
 use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::Layer;
@@ -31,7 +33,7 @@ pub const LAST_WORDS: &str = "last_words";
 /// Fields for the journal alone: the message has the same facts in words.
 const FIELDS: [&str; 5] = ["event", "flow", "plane", "reason", "latency_usec"];
 /// Libraries that tell everything they do at the level of a flow; they are heard with `--log-level trace`.
-const TALKATIVE: [&str; 3] = ["aya", "aya_obj", "zbus"];
+const TALKATIVE: [&str; 2] = ["aya", "aya_obj"];
 /// Where the journal takes messages.
 const JOURNAL: &str = "/run/systemd/journal/socket";
 /// Who says it, as `journalctl --identifier` finds it.
@@ -55,7 +57,7 @@ pub fn begin(run: &RunArgs) {
         let target = level == LogLevel::Trace;
         let format = tracing_subscriber::fmt::format().without_time().with_level(false).with_target(target);
         let stderr = stderr.event_format(Leveled(format.with_ansi(false)));
-        lines.with(Journal { native: native(run), stderr }).init();
+        lines.with(Journal { native: native(run), stderr, lost: AtomicU64::new(0) }).init();
     } else {
         lines.with(stderr).init();
     }
@@ -88,10 +90,13 @@ fn native(run: &RunArgs) -> Option<tracing_journald::Layer> {
     )
 }
 
-/// Lines for the journal: with fields while it takes them, else through stderr.
+/// Lines for the journal: with fields while it takes them, else through stderr. When that is full, too, a line is lost:
+/// nobody waits for a journal.
 struct Journal<L> {
     native: Option<tracing_journald::Layer>,
     stderr: L,
+    /// Lines that were lost and not told of.
+    lost: AtomicU64,
 }
 
 impl<S, L> Layer<S> for Journal<L>
@@ -102,9 +107,29 @@ where
     fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
         let may = event.metadata().target() != LAST_WORDS && takes_messages();
         let native = self.native.as_ref().filter(|_| may);
-        match native {
-            Some(native) => native.on_event(event, context),
-            None => self.stderr.on_event(event, context),
+        if let Some(native) = native {
+            native.on_event(event, context);
+        } else if has_room(io::stderr()) {
+            let lost = self.lost.swap(0, Relaxed);
+            if lost > 0 {
+                let _nobody_listens =
+                    writeln!(io::stderr(), "<4>{lost} lines of log were lost: the journal hung");
+            }
+            self.stderr.on_event(event, context);
+        } else {
+            self.lost.fetch_add(1, Relaxed);
+        }
+    }
+
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+        if let Some(native) = &self.native {
+            native.on_new_span(attributes, id, context);
+        }
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
+        if let Some(native) = &self.native {
+            native.on_record(id, values, context);
         }
     }
 }
@@ -148,11 +173,16 @@ fn takes_messages() -> bool {
     let connected = || -> io::Result<bool> {
         let socket = Socket::new(Domain::UNIX, Type::DGRAM.nonblocking(), None)?;
         socket.connect(&SockAddr::unix(JOURNAL)?)?;
-        let mut room = [PollFd::new(&socket, PollFlags::OUT)];
-        poll(&mut room, Some(&Timespec::default()))?;
-        Ok(room.iter().all(|room| room.revents().contains(PollFlags::OUT)))
+        Ok(has_room(&socket))
     };
     connected().unwrap_or(false)
+}
+
+/// Whether a line can be written there at this moment without waiting.
+fn has_room(to: impl AsFd) -> bool {
+    let mut room = [PollFd::new(&to, PollFlags::OUT)];
+    poll(&mut room, Some(&Timespec::default())).is_ok()
+        && room.iter().all(|room| room.revents().contains(PollFlags::OUT))
 }
 
 /// <https://no-color.org>: set and not empty.

@@ -1,11 +1,14 @@
 //! Ring 2: log lines and the journal: a socket of the test's own in its place, in a mount namespace of its own.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read as _;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
+use drowse_tests::deadline::eventually;
 use drowse_tests::drowse_binary;
 use drowse_tests::isolated::isolated;
 use drowse_tests::process::{Drowse, SOON, connect_to, echo};
@@ -79,10 +82,15 @@ fn empty_run() -> Result<()> {
 
 /// drowse as systemd starts it: stderr is what `JOURNAL_STREAM` says.
 fn under_systemd(options: &[&str]) -> Result<Drowse> {
-    let stream = r#"JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec "$@""#;
+    with_stderr("", options)
+}
+
+/// The same after `redirect`, for the shell.
+fn with_stderr(redirect: &str, options: &[&str]) -> Result<Drowse> {
+    let stream = format!(r#"{redirect} JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec "$@""#);
     let mut command = Command::new("sh");
     command
-        .args(["-c", stream, "sh"])
+        .args(["-c", &stream, "sh"])
         .arg(drowse_binary()?)
         .args(["run", "--name", "echo", "--plane", "splice"]);
     command.args(["--listen", PUBLIC, "--backend", BACKEND]).args(options);
@@ -180,6 +188,36 @@ fn a_journal_that_hangs_holds_up_nobody() -> Result<()> {
         drowse.wait_for_line("a client is connected to the backend")?;
         Ok(())
     })
+}
+
+/// The stream that systemd connects to stderr is read by the same journal, and holds little.
+#[test]
+fn a_stream_that_nobody_reads_holds_up_nobody_and_what_is_lost_is_told() -> Result<()> {
+    isolated(|| {
+        empty_run()?;
+        let redirect = "mkfifo /run/unread; exec 2<>/run/unread;";
+        let drowse = with_stderr(redirect, &["--log-level", "debug"])?;
+        eventually("a listener", SOON, || Ok(connect_to(PUBLIC).is_ok().then_some(())))?;
+        let mut unread = File::options().read(true).write(true).open("/run/unread")?;
+        let holds = rustix::pipe::fcntl_getpipe_size(&unread)?;
+        // More than it holds: each makes two lines.
+        for number in 0..holds / 32 {
+            echo(&mut connect_to(PUBLIC)?, format!("client {number}").as_bytes())?;
+        }
+        let mut said = vec![0; holds];
+        let length = unread.read(&mut said)?;
+        ensure!(length > holds / 2 && !text(&said).contains("were lost"), "{length} bytes of {holds}");
+        echo(&mut connect_to(PUBLIC)?, b"heard again")?;
+        let length = unread.read(&mut said)?;
+        let news = text(said.get(..length).unwrap_or_default());
+        ensure!(news.contains("lines of log were lost") && news.contains("a client is connected"), "{news}");
+        drop(drowse);
+        Ok(())
+    })
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// The journal learns the unit of a message from its sender, which must still be there: the last words go through the
