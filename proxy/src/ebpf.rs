@@ -65,8 +65,9 @@ pub struct Object {
 }
 
 impl Object {
-    /// Loads the embedded object and pins its maps in the directory [`pin_name`]`(name)` of `pin_dir`. Maps that cannot be pinned are no error, see [`Object::unpinned`]. The counters of flows
-    /// that a drowse of the same name left behind are taken over.
+    /// Loads the embedded object and pins its maps in the directory [`pin_name`]`(name)` of `pin_dir`. Maps that cannot be
+    /// pinned are no error, see [`Object::unpinned`]. The counters of flows that a drowse of the same name left behind are
+    /// taken over.
     ///
     /// # Errors
     /// The object is not built in, a capability is missing, or the kernel refuses.

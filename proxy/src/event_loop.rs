@@ -17,7 +17,7 @@ use socket2::Socket;
 use tokio::net::UnixStream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Interval, MissedTickBehavior};
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::accounting::{Accounting, Totals};
 use crate::activation::exec::ExecDriver;
@@ -49,6 +49,8 @@ use crate::report::tell;
 
 /// What the service manager's own stop timeout may take beyond ours.
 const STOP_MARGIN: Duration = Duration::from_secs(15);
+/// The shortest time between two looks at the backend's memory for somebody who asks.
+const MEMORY_PAUSE: Duration = Duration::from_millis(800);
 
 /// How many of those who wait in a backlog are refused in one go: as many as one holds by default
 /// (`net.core.somaxconn`).
@@ -102,6 +104,10 @@ pub struct EventLoop {
     sealed_until: Option<Monotonic>,
     /// Accepting failed and was reported; not again before it works.
     accept_failing: bool,
+    /// The memory that the backend used, and when that was looked at.
+    memory: Option<(Monotonic, Option<u64>)>,
+    /// The command to exit came while it was carried out.
+    exit_again: Option<bool>,
     exit: bool,
 }
 
@@ -148,7 +154,8 @@ pub async fn run(
     connections_max: u64,
     open_files: Rlimit,
 ) -> anyhow::Result<()> {
-    let loader = Loader::start(privileges::needed(&run, passed.is_empty()));
+    let is_service = !passed.is_empty();
+    let loader = Loader::start(privileges::needed(&run, !is_service));
     let listeners = Listeners::open(passed, &run.listen).await?;
     // A name is not looked up here: that may take seconds, and what it means may change.
     let backend = if run.backend.is_name() { Vec::new() } else { run.backend.resolve().await? };
@@ -159,7 +166,15 @@ pub async fn run(
         );
     }
     let metrics = match &run.metrics {
-        Some(address) => Some(Endpoint::open(address, &listeners).await?),
+        Some(address) => match Endpoint::open(address, &listeners).await {
+            Ok(endpoint) => Some(endpoint),
+            // Clients of a service wait at systemd's socket until it runs: it is not to fail for this.
+            Err(error) if is_service => {
+                error!("there are no metrics: {error:#}");
+                None
+            }
+            Err(error) => return Err(error),
+        },
         None => None,
     };
     let mut service =
@@ -232,6 +247,8 @@ impl EventLoop {
             hangup: signal(SignalKind::hangup()).context("watch for SIGHUP")?,
             sealed_until: None,
             accept_failing: false,
+            memory: None,
+            exit_again: None,
             exit: false,
             run: Arc::new(run),
         };
@@ -659,20 +676,33 @@ impl EventLoop {
 
     fn answer_status(&mut self, peer: UnixStream) -> Vec<Event> {
         self.kernel.inspect_to_show();
-        let snapshot = self.snapshot();
+        let memory = self.memory();
+        let snapshot = self.snapshot(memory);
         self.control.answer(peer, &snapshot);
         vec![]
     }
 
     fn answer_scrape(&mut self, question: Question) -> Vec<Event> {
         self.kernel.inspect_to_show();
-        let text = metrics::encode(self.snapshot(), self.history.activations().clone(), clock::unix_time());
+        let text =
+            metrics::encode(self.snapshot(None), self.history.activations().clone(), clock::unix_time());
         let _peer_left = question.send(text);
         vec![]
     }
 
-    /// This moment, for whoever asks.
-    fn snapshot(&self) -> Snapshot {
+    /// What the backend uses while it is awake. To look may be a walk through all processes, so that is not done for
+    /// each who asks.
+    fn memory(&mut self) -> Option<u64> {
+        let driver = self.driver.as_ref().filter(|_| self.lifecycle.is_awake())?;
+        let now = clock::now();
+        if self.memory.is_none_or(|(at, _)| now.saturating_sub(at) >= MEMORY_PAUSE) {
+            self.memory = Some((now, driver.memory()));
+        }
+        self.memory.and_then(|(_, bytes)| bytes)
+    }
+
+    /// This moment, for whoever asks. `memory`: what the backend uses, if that is of interest.
+    fn snapshot(&self, memory: Option<u64>) -> Snapshot {
         let kernel = self.kernel.counters(self.kernel.service());
         let sources = Sources {
             run: &self.run,
@@ -685,7 +715,7 @@ impl EventLoop {
             forward: self.plane.name(),
             handoff: &self.kernel.view(),
             kernel: &kernel,
-            memory: self.driver.as_ref().and_then(|driver| driver.memory()),
+            memory,
             wall: clock::wall(),
         };
         Snapshot::new(&sources, clock::now())
@@ -717,8 +747,17 @@ impl EventLoop {
         if self.sealed_until.is_some_and(|until| clock::now() < until) {
             return;
         }
-        if !self.take_in_waiting() {
-            self.exit = true;
+        // A client that is taken in now may be turned away at once, with the next command to exit.
+        if let Some(again) = &mut self.exit_again {
+            *again = true;
+            return;
+        }
+        loop {
+            self.exit_again = Some(false);
+            self.exit = !self.take_in_waiting();
+            if self.exit_again.take() != Some(true) || self.exit {
+                return;
+            }
         }
     }
 

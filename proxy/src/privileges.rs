@@ -61,11 +61,11 @@ impl Loader {
     pub fn start(needed: CapabilitySet) -> Self {
         let (job, jobs) = mpsc::channel::<Job>();
         let thread = tokio::task::spawn_blocking(move || {
+            // tokio keeps the thread for other work, also after a panic.
+            let _at_the_end = GivesUp(needed);
             if let Ok(job) = jobs.recv() {
                 job();
             }
-            // tokio keeps the thread for other work.
-            give_up_all_but(needed);
         });
         give_up_all_but(needed);
         Self { job, thread }
@@ -93,6 +93,15 @@ impl Loader {
     }
 }
 
+/// Gives up all but these when it is dropped.
+struct GivesUp(CapabilitySet);
+
+impl Drop for GivesUp {
+    fn drop(&mut self) {
+        give_up_all_but(self.0);
+    }
+}
+
 /// Leaves this thread, and those that it starts, `needed` of what it has.
 fn give_up_all_but(needed: CapabilitySet) {
     if needed.is_all() {
@@ -104,7 +113,7 @@ fn give_up_all_but(needed: CapabilitySet) {
             permitted: held.permitted & needed,
             inheritable: held.inheritable & needed,
         };
-        set_capabilities(None, left)
+        if left == held { Ok(()) } else { set_capabilities(None, left) }
     });
     if let Err(error) = given_up {
         warn!("capabilities are kept that are not needed any more: {error}");

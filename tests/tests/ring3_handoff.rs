@@ -80,6 +80,7 @@ fn a_killed_drowse_leaves_the_flow_alone_and_the_next_one_counts_it() -> Result<
             flow.echo(&[round]).context("the flow after its drowse was killed")?;
             connect(installation).context("the next client")?.end()?;
             systemd.wait_until_property("drowse@echo.service", "NRestarts", &round.to_string(), SOON)?;
+            systemd.wait_until_property("drowse@echo.service", "ActiveState", "active", SOON)?;
             wait_until_open(installation, 1).context("the flow is counted again")?;
         }
         // Longer than the idle time: an open flow is use.

@@ -112,12 +112,12 @@ fn a_failed_start_has_its_reason_in_the_journal() -> Result<()> {
 #[test]
 fn the_last_words_of_a_drowse_that_cannot_begin_are_found_by_its_unit() -> Result<()> {
     with_drowse(ECHO, |installation| {
-        installation.echo("", "DROWSE_METRICS=/proc/none")?;
+        installation.echo("", "DROWSE_BACKEND=127.0.0.1:8080")?;
         drop(installation.connect()?);
         let said = eventually("the last words", SOON, || {
             let all = messages(installation, &[&format!("_SYSTEMD_UNIT={UNIT}")])?;
             let is_it = |one: &&Message| {
-                text(one, "MESSAGE").is_ok_and(|it| it.contains("cannot listen on /proc/none"))
+                text(one, "MESSAGE").is_ok_and(|it| it.contains("is where drowse itself listens"))
             };
             Ok(all.iter().find(is_it).cloned())
         })?;

@@ -64,3 +64,16 @@ fn a_unix_socket_in_the_runtime_directory_is_for_root_alone() -> Result<()> {
         Ok(())
     })
 }
+
+/// Clients wait at systemd's socket until drowse runs: they are served without metrics, too.
+#[test]
+fn an_address_that_is_taken_costs_the_metrics_and_not_the_service() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let _taken = installation.systemd.in_netns(|| std::net::TcpListener::bind("127.0.0.1:9101"))??;
+        installation.echo("", "DROWSE_METRICS=127.0.0.1:9101")?;
+        installation.ask()?;
+        let said = installation.systemd.lines_of("drowse@echo.service")?.join("\n");
+        ensure!(said.contains("there are no metrics: ") && said.contains("127.0.0.1:9101"), "{said}");
+        Ok(())
+    })
+}

@@ -164,6 +164,8 @@ fn a_users_own_service_wakes_and_sleeps() -> Result<()> {
                 systemd.call(["env", "XDG_RUNTIME_DIR=/run/user/0", "drowse", "status", "echo", "--json"])?;
             ensure!(status.contains("\"unit\": \"echo.service\""), "{status}");
             ensure!(systemd.path("/run/user/0/drowse/echo.sock").exists(), "in another place");
+            let said = systemd.journal("user@0.service")?;
+            ensure!(!said.contains("capabilities are kept"), "{said}");
             eventually("the sleep of a user's service", SOON, || {
                 let state = systemctl(&["show", "--value", "--property=ActiveState", "echo.service"])?;
                 Ok((state.trim() == "inactive").then_some(()))

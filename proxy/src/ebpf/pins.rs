@@ -55,8 +55,8 @@ pub(super) struct Pins {
 }
 
 impl Pins {
-    /// Makes the directory of `name` below `place` ours. Pins that a killed drowse of the same name left behind are removed, but for
-    /// those that are taken over and have the shape that they have today.
+    /// Makes the directory of `name` below `place` ours. Pins that a killed drowse of the same name left behind are
+    /// removed, but for those that are taken over and have the shape that they have today.
     ///
     /// # Errors
     /// There is no BPF file system, it may not be written to, or a running drowse has pins of this name.

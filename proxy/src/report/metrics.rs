@@ -134,7 +134,14 @@ impl Page {
         )
         .gauge(page, it.connections_max)?;
         Family("clients_held", None, "Clients that are accepted and wait for the backend.")
-            .gauge(page, it.held)
+            .gauge(page, it.held)?;
+        let refused = it.refused;
+        Family("clients_refused", None, "Clients that --allow or --max-per-source turned away, by which.")
+            .counters(
+                page,
+                [("may_not_wake", refused.may_not_wake), ("too_many_of_source", refused.too_many_of_source)]
+                    .map(|(reason, count)| (vec![("reason", reason)], count)),
+            )
     }
 
     fn flows(&self, page: &mut DescriptorEncoder<'_>) -> fmt::Result {
@@ -175,8 +182,7 @@ impl Page {
         Family("wakes", None, "Starts of the backend for a client, also those that failed.")
             .counter(page, counters.wakes_total)?;
         Family("activations", None, "Wake-ups that succeeded.").counter(page, it.activations_total)?;
-        let took =
-            "From the first client to the backend that accepts connections, of wake-ups that succeeded.";
+        let took = "From the start of the backend to the first connection that it accepts, of wake-ups that succeeded.";
         let seconds = Unit::Seconds;
         let histogram =
             page.encode_descriptor("activation_duration", took, Some(&seconds), MetricType::Histogram)?;

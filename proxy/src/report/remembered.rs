@@ -28,7 +28,7 @@ pub struct Remembered {
 /// A wake-up that succeeded.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PastActivation {
-    /// From the first client to the backend that accepts connections, in seconds.
+    /// From the start of the backend to the first connection that it accepts, in seconds.
     pub took_s: f64,
     /// When it was over, in seconds since 1970 UTC.
     pub at_s: i64,

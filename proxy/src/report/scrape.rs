@@ -77,9 +77,10 @@ impl Endpoint {
             tokio::select! {
                 Some(question) = self.asked.recv() => return question,
                 Some(()) = self.peers.next(), if !self.peers.is_empty() => {}
-                Ok(peer) = self.listeners.accept(), if has_room => self.take_in(peer.socket),
-                // Accepting failed, and pauses.
-                else => {}
+                // Where accepting failed, the next one pauses.
+                peer = self.listeners.accept(), if has_room => if let Ok(peer) = peer {
+                    self.take_in(peer.socket);
+                },
             }
         }
     }

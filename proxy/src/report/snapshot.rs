@@ -191,7 +191,7 @@ pub struct Idle {
 /// A wake-up that succeeded.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Activation {
-    /// From the first client to the backend that accepts connections, in seconds.
+    /// From the start of the backend to the first connection that it accepts, in seconds.
     pub took_s: f64,
     /// How long ago it was over, in seconds.
     pub ago_s: f64,
@@ -377,6 +377,9 @@ impl History {
     ) -> bool {
         if std::mem::discriminant(before) == std::mem::discriminant(after) {
             return false;
+        }
+        if after == &State::Awake {
+            self.memory_before = None;
         }
         match (before, after) {
             (State::Settling(_), State::Stopping(_)) => self.memory_before = memory(),

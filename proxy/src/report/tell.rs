@@ -49,7 +49,8 @@ pub fn change(
             let waiting = waited(lifecycle.held());
             info!(event = "awake", latency_usec, "{name} is awake after {}: {waiting}", precise(lasted));
         }
-        (_, State::Awake) => info!(event = "awake", "{name} is awake: somebody else started it"),
+        (State::Stopping(Stopping::Ours), State::Awake) => debug!("{name} still runs: the stop failed"),
+        (_, State::Awake) => info!(event = "awake", "{name} is awake: it was started without a client"),
         (_, State::Waking { started_by_us: true, .. }) => debug!(event = "waking", "waking {name}"),
         (_, State::Waking { .. }) => debug!("{name} accepts no connection: waiting for it"),
         (State::Settling(_) | State::Awake, State::Stopping(_)) => {
@@ -101,7 +102,7 @@ fn why_asleep(run: &RunArgs, lifecycle: &Lifecycle, before: &State) -> (&'static
     if matches!(before, State::Stopping(Stopping::Foreign(_))) {
         return ("foreign", "somebody else stopped it".to_owned());
     }
-    if lifecycle.is_exiting() {
+    if run.unit.is_none() && lifecycle.is_exiting() {
         return ("exit", "drowse exits".to_owned());
     }
     let idle_time = precise(run.idle_time);
