@@ -121,7 +121,8 @@ pub enum Ended {
 /// `drowse enable`. Says on `out` what it finds and does.
 ///
 /// # Errors
-/// systemd cannot be asked, a file cannot be written, or nobody reads `out`; what was done is undone.
+/// systemd cannot be asked or refuses, or a file cannot be written: what was done is undone. Or it is all done, and the
+/// socket does not listen or nobody reads `out`: it stays.
 pub async fn enable(args: &EnableArgs, out: &mut impl Write) -> anyhow::Result<Ended> {
     let began = clock::now();
     let names = Names::new(&args.unit, args.user).map_err(anyhow::Error::msg)?;
@@ -150,7 +151,8 @@ pub async fn enable(args: &EnableArgs, out: &mut impl Write) -> anyhow::Result<E
     Ok(Ended::Well)
 }
 
-/// `drowse disable`. Says on `out` what it finds and does.
+/// `drowse disable`. Says on `out` what it finds and does. That the service does not start at the end is no failure: what
+/// was set up is gone, and the reason is told.
 ///
 /// # Errors
 /// As [`enable`].
@@ -174,7 +176,14 @@ pub async fn disable(args: &DisableArgs, out: &mut impl Write) -> anyhow::Result
         if let Some(directory) = control::own_directory(None, names.user) {
             control::forget(&directory, &names.instance);
         }
-        writeln!(out, "done: {}", plan.outcome)?;
+        let mut outcome = plan.outcome;
+        if plan.start
+            && let Err(failure) = manager.job(Job::Start, &names.unit).await
+        {
+            let why = why(&manager, names.user_flag(), &names.unit, &failure).await;
+            outcome = format!("nothing of drowse is left, but {} does not run: {why}", names.unit);
+        }
+        writeln!(out, "done: {outcome}")?;
     }
     Ok(Ended::Well)
 }
@@ -231,6 +240,9 @@ fn show(plan: &Plan, names: &Names, dry_run: bool, out: &mut impl Write) -> io::
     for step in &plan.after {
         writeln!(out, "- {}", step.describe(names))?;
     }
+    if plan.start {
+        writeln!(out, "- start {}, unless it runs", names.unit)?;
+    }
     if dry_run {
         writeln!(out, "nothing of this was done (--dry-run); it would lead to: {}", plan.outcome)?;
     }
@@ -284,7 +296,7 @@ impl Doing<'_> {
                 }
             }
             Step::Enable(unit) => self.manager.enable(unit).await?,
-            Step::Restore(links) => files::restore(links)?,
+            Step::Restore(links) => self.changed.restore(links)?,
             Step::Reload => self.manager.reload().await?,
             Step::Do(job, unit) => {
                 if let Err(failure) = self.manager.job(*job, unit).await {
@@ -313,15 +325,12 @@ impl Doing<'_> {
                 Step::Enable(unit) => {
                     self.manager.disable(unit, false).await.map(drop).map_err(|failure| failure.message)
                 }
-                Step::Restore(links) => {
-                    let removed = links.iter().map(|link| std::fs::remove_file(&link.path));
-                    removed.collect::<io::Result<()>>().map_err(|error| error.to_string())
-                }
                 Step::Do(job, unit) => {
                     jobs.push((*job, unit));
                     Ok(())
                 }
-                Step::Reload => Ok(()),
+                // What was changed knows its links.
+                Step::Restore(_) | Step::Reload => Ok(()),
             };
             failed.extend(undone.err());
         }

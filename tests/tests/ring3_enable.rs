@@ -236,6 +236,16 @@ fn a_try_shows_the_wake_or_the_reason() -> Result<()> {
         ensure!(text(&output).contains("main process exited with status 3"), "{}", text(&output));
         ensure!(text(&output).contains("What was set up stays"), "{}", text(&output));
         ensure!(state(installation, "drowse@web.socket")? == "active", "it does not stay");
+
+        let said = well(installation, "disable", &[])?;
+        ensure!(
+            said.contains("nothing of drowse is left, but web.service does not run: cannot start"),
+            "{said}"
+        );
+        ensure!(said.contains("journalctl -u web.service"), "{said}");
+        ensure!(!systemd.path("/etc/drowse/web.conf").exists(), "it is not undone: {said}");
+        ensure!(state(installation, "drowse@web.socket")? == "inactive");
+        ensure!(property(installation, "web.service", "UnitFileState")? == "enabled");
         Ok(())
     })
 }

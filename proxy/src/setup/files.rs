@@ -21,6 +21,7 @@ use super::plan::Change;
 #[derive(Debug, Default)]
 pub struct Changed {
     files: Vec<Change>,
+    links: Vec<PathBuf>,
     /// Directories that were made, outermost first.
     made: Vec<PathBuf>,
 }
@@ -43,6 +44,24 @@ impl Changed {
         Ok(())
     }
 
+    /// Puts links back where they were, all that can be. Another file in the place of one stays.
+    ///
+    /// # Errors
+    /// Those that cannot be made; the others are.
+    pub fn restore(&mut self, links: &[Link]) -> anyhow::Result<()> {
+        let mut failed = Vec::new();
+        for Link { path, target } in links {
+            let made = self.make_parents(path).and_then(|()| match symlink(target, path) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+                made => Ok(made.map(|()| self.links.push(path.clone()))?),
+            });
+            if let Err(error) = made {
+                failed.push(format!("link {} to {}: {error:#}", path.display(), target.display()));
+            }
+        }
+        if failed.is_empty() { Ok(()) } else { Err(anyhow::Error::msg(failed.join("; "))) }
+    }
+
     /// Puts everything back, the last change first. Says what could not be undone.
     #[must_use]
     pub fn undo(self) -> Vec<String> {
@@ -54,6 +73,11 @@ impl Changed {
             };
             if let Err(error) = undone {
                 failed.push(format!("{} could not be put back: {error:#}", path.display()));
+            }
+        }
+        for path in self.links.iter().rev() {
+            if let Err(error) = fs::remove_file(path) {
+                failed.push(format!("the link {} could not be removed: {error}", path.display()));
             }
         }
         for directory in self.made.iter().rev() {
@@ -94,24 +118,12 @@ fn write(path: &Path, text: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Puts links back where they were.
+/// Puts links back where they were, for good.
 ///
 /// # Errors
-/// One cannot be made; another file in its place stays.
+/// As [`Changed::restore`].
 pub fn restore(links: &[Link]) -> anyhow::Result<()> {
-    for Link { path, target } in links {
-        let made = || {
-            if let Some(directory) = path.parent() {
-                fs::create_dir_all(directory)?;
-            }
-            symlink(target, path)
-        };
-        match made() {
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            made => made.with_context(|| format!("link {} to {}", path.display(), target.display()))?,
-        }
-    }
-    Ok(())
+    Changed::default().restore(links)
 }
 
 /// The change as `diff -u` has it.
@@ -167,12 +179,26 @@ mod tests {
     }
 
     #[test]
-    fn a_link_is_put_back_and_another_file_stays() {
+    fn links_are_put_back_and_only_those_are_undone() {
         let root = tempfile::tempdir().unwrap();
-        let link = Link { path: root.path().join("a.wants/web.service"), target: "../web.service".into() };
-        restore(std::slice::from_ref(&link)).unwrap();
-        restore(std::slice::from_ref(&link)).unwrap();
-        assert_eq!(fs::read_link(&link.path).unwrap(), link.target);
+        let file = root.path().join("file");
+        fs::write(&file, "").unwrap();
+        let link = |path: &str| Link { path: root.path().join(path), target: "../web.service".into() };
+        let links = ["a.wants/web.service", "file/impossible", "b.wants/web.service", "c"].map(link);
+        let [there, impossible, new, gone] = &links;
+        restore(std::slice::from_ref(there)).unwrap();
+
+        let mut changed = Changed::default();
+        let error = changed.restore(&links).unwrap_err().to_string();
+        assert!(error.contains("file/impossible") && !error.contains("wants"), "{error}");
+        for link in [there, new, gone] {
+            assert_eq!(fs::read_link(&link.path).unwrap(), link.target, "it goes on after {impossible:?}");
+        }
+        fs::remove_file(&gone.path).unwrap();
+        let failed = changed.undo();
+        assert!(failed.len() == 1 && failed[0].contains("/c could not be removed"), "{failed:?}");
+        assert!(there.path.is_symlink(), "it was there before");
+        assert!(!root.path().join("b.wants").exists(), "it goes on after an error");
     }
 
     #[test]

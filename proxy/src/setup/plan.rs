@@ -58,6 +58,8 @@ pub struct Plan {
     pub files: Vec<Change>,
     /// What is done once they have changed.
     pub after: Vec<Step>,
+    /// Whether the service is started at the very end. If it cannot be, all the rest stays.
+    pub start: bool,
     /// Directories that are removed if they are empty at the end, innermost first.
     pub directories: Vec<PathBuf>,
     /// How it is at the end.
@@ -141,6 +143,7 @@ pub fn enable(args: &EnableArgs, facts: &Facts) -> Result<Plan, Problems> {
         before: Vec::new(),
         files,
         after,
+        start: false,
         directories: Vec::new(),
         outcome: outcome(&run, facts),
     })
@@ -488,7 +491,8 @@ pub fn disable(facts: &Facts) -> Result<Plan, Problems> {
     let (names, places) = (&facts.names, &facts.places);
     let mut problems = Vec::new();
     privileges(facts, &mut problems);
-    let ours = [&places.conf, &places.socket, &places.service];
+    // The record goes last: until then another run can do what this one did not.
+    let ours = [&places.service, &places.socket, &places.conf];
     let (mut files, mut strange) = (Vec::new(), Vec::new());
     for path in ours {
         match facts.files.get(path) {
@@ -521,18 +525,16 @@ pub fn disable(facts: &Facts) -> Result<Plan, Problems> {
             before.push(Step::Do(Job::Stop, unit.clone()));
         }
     }
-    let mut after = Vec::new();
     if facts.socket.file_state == "enabled" {
-        after.push(Step::Disable { unit: names.socket.clone(), at_runtime: false });
+        before.push(Step::Disable { unit: names.socket.clone(), at_runtime: false });
     }
     let was_enabled = !record.links.is_empty();
     if was_enabled {
-        after.push(Step::Restore(record.links));
+        before.push(Step::Restore(record.links));
     }
-    after.push(Step::Reload);
-    if was_enabled && !facts.backend.is_up {
-        after.push(Step::Do(Job::Start, names.unit.clone()));
-    }
+    let after = vec![Step::Reload];
+    // It may fall asleep until drowse is stopped.
+    let start = was_enabled || facts.backend.is_up;
     let mut directories: Vec<PathBuf> = [&places.socket, &places.service]
         .iter()
         .filter_map(|path| path.parent())
@@ -550,7 +552,7 @@ pub fn disable(facts: &Facts) -> Result<Plan, Problems> {
             names.user_flag()
         ),
     };
-    Ok(Plan { found: found(facts), notes: kept.collect(), before, files, after, directories, outcome })
+    Ok(Plan { found: found(facts), notes: kept.collect(), before, files, after, start, directories, outcome })
 }
 
 #[cfg(test)]
@@ -644,7 +646,7 @@ mod tests {
 
         let undo = disable(&after).unwrap();
         assert!(undo.files.iter().all(|change| change.after.is_none()) && undo.files.len() == 2);
-        assert!(undo.after.contains(&Step::Restore(facts().links)), "{:?}", undo.after);
+        assert!(undo.start, "it may be asleep when drowse is stopped");
         let again = disable(&done(&undo, after)).unwrap();
         assert!(again.is_empty() && again.outcome.contains("has not set up"), "{again:?}");
     }
@@ -674,11 +676,20 @@ mod tests {
         assert_eq!(plan.after.last(), Some(&Step::Do(Job::Start, "drowse@web.socket".into())));
         assert!(!plan.after.iter().any(|step| matches!(step, Step::Disable { .. })));
         let undo = disable(&done(&plan, facts)).unwrap();
-        assert!(
-            !undo.after.iter().any(|step| matches!(step, Step::Do(..) | Step::Restore(_))),
-            "{:?}",
-            undo.after
-        );
+        assert!(!undo.start && !undo.before.iter().any(|step| matches!(step, Step::Restore(_))), "{undo:?}");
+    }
+
+    #[test]
+    fn an_undoing_that_was_interrupted_is_completed_by_the_next() {
+        let set_up = || done(&enable(&args(&ADDRESSES), &facts()).unwrap(), facts());
+        let mut undo = disable(&set_up()).unwrap();
+        let disabled = Step::Disable { unit: "drowse@web.socket".into(), at_runtime: false };
+        let needs_the_record = [Step::Restore(facts().links), disabled];
+        assert!(needs_the_record.iter().all(|step| undo.before.contains(step)), "{:?}", undo.before);
+        while let Some(last) = undo.files.pop() {
+            let again = disable(&done(&undo, set_up())).unwrap();
+            assert!(again.before.contains(&Step::Restore(facts().links)), "without {last:?}: {again:?}");
+        }
     }
 
     #[test]
