@@ -10,6 +10,7 @@ use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use super::Names;
 use crate::address::Address;
 use crate::config::RunOption;
 
@@ -68,8 +69,8 @@ impl Record {
     }
 }
 
-fn heading(instance: &str) -> String {
-    format!("{MARKER}; `drowse disable {instance}` undoes it.\n")
+fn heading(names: &Names) -> String {
+    format!("{MARKER}; `drowse disable{} {}` undoes it.\n", names.user_flag(), names.instance)
 }
 
 /// `/etc/drowse/NAME.conf`.
@@ -77,12 +78,12 @@ fn heading(instance: &str) -> String {
 /// # Errors
 /// A value cannot be written down, in one line for people.
 pub fn configuration(
-    instance: &str,
+    names: &Names,
     record: &Record,
     backend: &Address,
     options: &[RunOption],
 ) -> Result<String, String> {
-    let mut text = heading(instance);
+    let mut text = heading(names);
     record.write(&mut text);
     let mut line = |variable: &str, long: &str, value: &str| {
         let quoted = environment_value(value).map_err(|what| format!("--{long} {what}"))?;
@@ -143,8 +144,8 @@ fn unescaped(text: &str) -> String {
 ///
 /// # Errors
 /// systemd could not listen at one of the addresses, in one line for people.
-pub fn socket(instance: &str, listen: &[Address]) -> Result<String, String> {
-    let mut text = heading(instance) + "[Socket]\n";
+pub fn socket(names: &Names, listen: &[Address]) -> Result<String, String> {
+    let mut text = heading(names) + "[Socket]\n";
     for address in listen {
         let _infallible = writeln!(text, "ListenStream={}", listen_stream(address)?);
     }
@@ -189,7 +190,7 @@ pub struct Hindrances {
 
 /// `drowse@NAME.service.d/drowse.conf`; nothing if the unit is right as it is.
 #[must_use]
-pub fn service(instance: &str, hindrances: &Hindrances) -> Option<String> {
+pub fn service(names: &Names, hindrances: &Hindrances) -> Option<String> {
     let mut settings = String::new();
     for address in &hindrances.addresses {
         let _infallible = writeln!(settings, "IPAddressAllow={address}");
@@ -209,7 +210,7 @@ pub fn service(instance: &str, hindrances: &Hindrances) -> Option<String> {
              CapabilityBoundingSet=CAP_DAC_OVERRIDE\nAmbientCapabilities=CAP_DAC_OVERRIDE\n",
         );
     }
-    (!settings.is_empty()).then(|| heading(instance) + "[Service]\n" + &settings)
+    (!settings.is_empty()).then(|| heading(names) + "[Service]\n" + &settings)
 }
 
 /// Whether a unit file sets `setting`.
@@ -234,6 +235,10 @@ mod tests {
         text.parse().unwrap()
     }
 
+    fn web() -> Names {
+        Names::new("web", false).unwrap()
+    }
+
     #[test]
     fn values_come_back_as_they_went() {
         for value in
@@ -251,13 +256,13 @@ mod tests {
 
     #[test]
     fn listeners_are_written_as_systemd_reads_them() {
-        let text = socket("web", &[":80", "127.0.0.1:81", "[::1]:82", "/run/50% off", "@web"].map(address));
+        let text = socket(&web(), &[":80", "127.0.0.1:81", "[::1]:82", "/run/50% off", "@web"].map(address));
         let listens: Vec<_> =
             text.as_ref().unwrap().lines().filter_map(|line| line.strip_prefix("ListenStream=")).collect();
         assert_eq!(listens, ["80", "127.0.0.1:81", "[::1]:82", "/run/50%% off", "@web"]);
         assert!(text.unwrap().contains("RemoveOnStop=yes"));
         for wrong in ["localhost:80", "/run/a\nExecStart=x", "/run/back\\", "/run/blank "] {
-            assert!(socket("web", &[address(wrong)]).is_err(), "{wrong}");
+            assert!(socket(&web(), &[address(wrong)]).is_err(), "{wrong}");
         }
     }
 
@@ -272,27 +277,30 @@ mod tests {
             variable: "DROWSE_IDLE_TIME".into(),
             value: Some("2h 30s".into()),
         }];
-        let text = configuration("web", &record, &address(":8081"), &options).unwrap();
+        let text = configuration(&web(), &record, &address(":8081"), &options).unwrap();
         assert!(is_ours(&text) && !is_ours("DROWSE_BACKEND=:8081\n"));
         assert_eq!(Record::read(&text), record);
+        assert!(text.contains("`drowse disable web` undoes it"), "{text}");
+        let users = Names { user: true, ..web() };
+        assert!(socket(&users, &[]).unwrap().contains("`drowse disable --user web` undoes it"));
         assert!(text.ends_with("DROWSE_BACKEND=:8081\nDROWSE_IDLE_TIME=\"2h 30s\"\n"), "{text}");
     }
 
     #[test]
     fn the_sandbox_is_opened_only_where_it_must_be() {
-        assert_eq!(service("web", &Hindrances::default()), None);
+        assert_eq!(service(&web(), &Hindrances::default()), None);
         let remote = Hindrances { addresses: vec!["10.1.2.3".parse().unwrap()], ..Hindrances::default() };
-        assert!(service("web", &remote).unwrap().ends_with("[Service]\nIPAddressAllow=10.1.2.3\n"));
+        assert!(service(&web(), &remote).unwrap().ends_with("[Service]\nIPAddressAllow=10.1.2.3\n"));
         for (path, setting) in [("/tmp/x", "PrivateTmp=no"), ("/home/a/x", "ProtectHome=read-only")] {
             let hidden = Hindrances { socket: Some(path.into()), ..Hindrances::default() };
-            assert!(service("web", &hidden).unwrap().ends_with(&format!("{setting}\n")), "{path}");
+            assert!(service(&web(), &hidden).unwrap().ends_with(&format!("{setting}\n")), "{path}");
         }
         let open = Hindrances { socket: Some("/run/x".into()), ..Hindrances::default() };
-        assert_eq!(service("web", &open), None);
+        assert_eq!(service(&web(), &open), None);
         let closed = Hindrances { closed_socket: Some("/run/x".into()), ..open };
         for setting in ["CapabilityBoundingSet=CAP_DAC_OVERRIDE\n", "AmbientCapabilities=CAP_DAC_OVERRIDE\n"]
         {
-            assert!(service("web", &closed).unwrap().contains(setting));
+            assert!(service(&web(), &closed).unwrap().contains(setting));
         }
     }
 

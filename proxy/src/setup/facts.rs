@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use socket2::SockAddr;
 
-use super::contents::{Hindrances, Link, is_drop_in};
+use super::contents::{Hindrances, Link, is_drop_in, is_ours, sets, variable};
 use super::holders::{Holder, Listening, try_to_bind};
 use super::plan::overlap;
 use super::{Names, Places};
@@ -20,7 +20,7 @@ use crate::activation::Failure;
 use crate::activation::systemd::manager::{Manager, Properties};
 use crate::address::Address;
 use crate::config::EnableArgs;
-use crate::ebpf::Answer;
+use crate::ebpf::{Answer, Fact};
 use crate::pairing;
 use crate::report::check;
 
@@ -64,6 +64,8 @@ pub struct Facts {
     pub missing_directories: Vec<PathBuf>,
     /// What of the sandbox would keep drowse from the backend.
     pub hindrances: Hindrances,
+    /// The backend's unix socket, if it is not there and no earlier run has judged it.
+    pub guessed_socket: Option<PathBuf>,
     /// Why this machine allows no hand-off, if it does not.
     pub no_handoff: Option<String>,
 }
@@ -184,19 +186,27 @@ impl Facts {
         facts.dependents = dependents(&backend, &facts.links);
         facts.own_sockets = own_sockets(manager, &backend).await?;
         facts.read_files(&places);
-        let handoff = check::handoff_facts();
-        facts.no_handoff = handoff.into_iter().find(|fact| fact.answer == Answer::No).map(|fact| fact.reason);
+        facts.no_handoff = no_handoff(check::handoff_facts(), rustix::process::geteuid().is_root());
         if let Some(args) = args {
             facts.missing_directories = missing(&places);
-            let listening = Listening::look();
+            let listening = Listening::look(names.user);
             let ours = if facts.socket.is_up { addresses(&socket) } else { Vec::new() };
             for address in &args.listen {
                 facts.listeners.push(listener(address, &ours, &listening).await);
             }
             facts.reach = reach(&args.backend, &names.unit, &listening).await;
-            facts.hindrances = hindrances(&args.backend, &facts.reach);
+            let earlier = facts.earlier(&args.backend, &places);
+            (facts.hindrances, facts.guessed_socket) = hindrances(&args.backend, &facts.reach, earlier);
         }
         Ok(Self { names, places, ..facts })
+    }
+
+    /// Whether an earlier run, for the same backend, found its unix socket closed.
+    fn earlier(&self, backend: &Address, places: &Places) -> Option<bool> {
+        let conf = self.files.get(&places.conf).filter(|text| is_ours(text))?;
+        let is_same = variable(conf, "DROWSE_BACKEND").is_some_and(|value| value == backend.to_string());
+        let is_closed = |text: &String| is_ours(text) && sets(text, "AmbientCapabilities");
+        is_same.then(|| self.files.get(&places.service).is_some_and(is_closed))
     }
 
     fn read_files(&mut self, places: &Places) {
@@ -218,6 +228,13 @@ impl Facts {
             }
         }
     }
+}
+
+/// What of the machine is against hand-off. What a caller who is not root may do says nothing: the unit gives the service
+/// its capabilities.
+fn no_handoff(facts: Vec<Fact>, is_root: bool) -> Option<String> {
+    let mut facts = facts.into_iter().filter(|fact| is_root || fact.subject != "capabilities");
+    facts.find(|fact| fact.answer == Answer::No).map(|fact| fact.reason)
 }
 
 fn service_facts(load_state: &str, is_up: bool, properties: &Properties) -> ServiceFacts {
@@ -358,20 +375,30 @@ async fn reach(backend: &Address, unit: &str, listening: &Listening) -> Reach {
     Reach { is_answered, holders, elsewhere: listening.of(unit), addresses, unresolved: None }
 }
 
-fn hindrances(backend: &Address, reach: &Reach) -> Hindrances {
+/// What the sandbox must let through, and the socket that nobody has seen yet; `earlier`: it was closed when it was judged.
+fn hindrances(backend: &Address, reach: &Reach, earlier: Option<bool>) -> (Hindrances, Option<PathBuf>) {
     let ips = reach.addresses.iter().filter_map(|one| Some(one.as_socket()?.ip().to_canonical()));
     let addresses = ips.filter(|ip| !ip.is_loopback() && !ip.is_unspecified()).collect();
-    let Address::Unix(path) = backend else { return Hindrances { addresses, ..Hindrances::default() } };
-    let closed_socket = (!is_open_to_all(path)).then(|| path.clone());
-    Hindrances { addresses, closed_socket, socket: Some(path.clone()) }
+    let Address::Unix(path) = backend else {
+        return (Hindrances { addresses, ..Hindrances::default() }, None);
+    };
+    let is_there = !fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+    let is_open = match earlier {
+        Some(was_closed) if !is_there => !was_closed,
+        // A directory that is not there either may be made for the service alone.
+        None | Some(_) => {
+            (!is_there || allows(path, 0o002))
+                && path.ancestors().skip(1).all(|directory| allows(directory, 0o001))
+        }
+    };
+    let closed_socket = (!is_open).then(|| path.clone());
+    let guessed = (!is_there && earlier.is_none()).then(|| path.clone());
+    (Hindrances { addresses, closed_socket, socket: Some(path.clone()) }, guessed)
 }
 
-/// Whether anybody may connect to the socket at `path`. Not if it is not there yet: nobody knows.
-fn is_open_to_all(path: &Path) -> bool {
-    let allows = |path: &Path, bits: u32| {
-        fs::metadata(path).is_ok_and(|found| found.permissions().mode() & bits == bits)
-    };
-    allows(path, 0o002) && path.ancestors().skip(1).all(|directory| allows(directory, 0o001))
+/// Whether the mode of a file has all of `bits`.
+fn allows(path: &Path, bits: u32) -> bool {
+    fs::metadata(path).is_ok_and(|found| found.permissions().mode() & bits == bits)
 }
 
 /// Where the files of the services of the system, or of this user, are.
@@ -398,4 +425,66 @@ pub fn places(names: &Names) -> anyhow::Result<Places> {
         directory: units,
         runtime_directory: runtime,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    fn set_mode(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn a_socket_that_is_not_there_is_judged_once() {
+        let directory = tempfile::tempdir().unwrap();
+        set_mode(directory.path(), 0o755);
+        let path = directory.path().join("socket");
+        let judge = |path: &Path, earlier| {
+            let (found, guessed) = hindrances(&Address::Unix(path.to_owned()), &Reach::default(), earlier);
+            (found.closed_socket.is_some(), guessed.is_some())
+        };
+        assert_eq!(judge(&path, None), (false, true), "its directories are open");
+        assert_eq!(judge(&path, Some(false)), (false, false));
+        assert_eq!(judge(&path, Some(true)), (true, false), "what was decided stays");
+        assert_eq!(judge(&directory.path().join("later/socket"), None), (true, true));
+        set_mode(directory.path(), 0o700);
+        assert_eq!(judge(&path, None), (true, true), "its directory is closed");
+        assert_eq!(judge(&path, Some(false)), (false, false), "what was decided stays");
+
+        set_mode(directory.path(), 0o755);
+        let _listener = UnixListener::bind(&path).unwrap();
+        for (mode, is_closed) in [(0o666, false), (0o660, true)] {
+            set_mode(&path, mode);
+            for earlier in [None, Some(false), Some(true)] {
+                assert_eq!(judge(&path, earlier), (is_closed, false), "{mode:o} {earlier:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_earlier_run_is_believed_for_the_same_backend() {
+        let names = Names::new("web", false).unwrap();
+        let places = places(&names).unwrap();
+        let (backend, other): (Address, Address) = ("/run/x".parse().unwrap(), "/run/y".parse().unwrap());
+        let closed = Hindrances { closed_socket: Some("/run/x".into()), ..Hindrances::default() };
+        let conf = super::super::contents::configuration(&names, &Default::default(), &backend, &[]).unwrap();
+        let drop_in = super::super::contents::service(&names, &closed).unwrap();
+        let mut facts = Facts::default();
+        assert_eq!(facts.earlier(&backend, &places), None);
+        facts.files.insert(places.conf.clone(), conf);
+        assert_eq!(facts.earlier(&backend, &places), Some(false));
+        facts.files.insert(places.service.clone(), drop_in);
+        assert_eq!(facts.earlier(&backend, &places), Some(true));
+        assert_eq!(facts.earlier(&other, &places), None);
+    }
+
+    #[test]
+    fn what_the_caller_may_not_do_is_no_reason_against_hand_off() {
+        let no = |subject| Fact { subject, answer: Answer::No, reason: subject.to_owned() };
+        assert_eq!(no_handoff(vec![no("capabilities")], false), None);
+        assert_eq!(no_handoff(vec![no("capabilities"), no("bpffs")], false).as_deref(), Some("bpffs"));
+        assert_eq!(no_handoff(vec![no("capabilities")], true).as_deref(), Some("capabilities"));
+    }
 }

@@ -19,34 +19,74 @@ use socket2::{SockAddr, Socket, Type};
 use crate::address;
 
 /// A process that listens.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Holder {
     /// Its process id.
     pub pid: i32,
-    /// Its name.
+    /// Its name, which it may choose.
     pub program: String,
-    /// The units whose cgroups it is in, outermost first.
-    pub units: Vec<String>,
+    /// The innermost unit in whose cgroup it is, whoever's.
+    pub innermost: Option<String>,
+    /// The unit of our systemd that it belongs to.
+    pub unit: Option<String>,
+    /// It is our systemd itself, which holds the listeners of socket units.
+    pub is_systemd: bool,
 }
 
 impl Holder {
     /// Whether it is a process of `unit`.
     #[must_use]
     pub fn is_of(&self, unit: &str) -> bool {
-        self.units.iter().any(|one| one == unit)
-    }
-
-    /// Whether it is systemd itself, which holds the listeners of socket units.
-    #[must_use]
-    pub fn is_systemd(&self) -> bool {
-        self.program == "systemd"
+        self.unit.as_deref() == Some(unit)
     }
 
     /// As people know it: `nginx (process 812, nginx.service)`.
     #[must_use]
     pub fn describe(&self) -> String {
-        let unit = self.units.last().map(|unit| format!(", {unit}")).unwrap_or_default();
-        format!("{} (process {}{unit})", self.program, self.pid)
+        let unit = self.innermost.as_ref().map(|unit| format!(", {unit}")).unwrap_or_default();
+        printable(&format!("{} (process {}{unit})", self.program, self.pid))
+    }
+}
+
+/// What others chose, for a terminal: it must not move the cursor, nor begin a line.
+#[must_use]
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+/// Whose systemd is asked: its units are those of its own cgroups alone.
+#[derive(Debug)]
+struct Owner {
+    /// The cgroup below which the system's units are: empty, but in a container without a cgroup namespace.
+    root: String,
+    /// Whose systemd it is, if not the system's.
+    user: Option<u32>,
+}
+
+impl Owner {
+    fn look(user: bool) -> Self {
+        // Where systemd puts itself: cgroups of its units are beside that one.
+        let init = Process::new(1).ok().and_then(|process| cgroup(&process)).unwrap_or_default();
+        let root = init.strip_suffix("/init.scope").unwrap_or_default().to_owned();
+        Self { root, user: user.then(|| rustix::process::getuid().as_raw()) }
+    }
+
+    fn holder(&self, pid: i32, program: String, cgroup: &str) -> Holder {
+        let units = units_of(cgroup);
+        let below = cgroup.strip_prefix(&self.root).map(units_of).unwrap_or_default();
+        let unit = match (self.user, below.as_slice()) {
+            (None, [unit, ..]) => Some(unit.clone()),
+            (Some(user), [manager, unit, ..]) if *manager == format!("user@{user}.service") => {
+                Some(unit.clone())
+            }
+            (None | Some(_), _) => None,
+        };
+        // Whoever may enter a user's init.scope is that user.
+        let is_systemd = match self.user {
+            None => pid == 1,
+            Some(_) => program == "systemd" && unit.as_deref() == Some("init.scope"),
+        };
+        Holder { pid, program, innermost: units.last().cloned(), unit, is_systemd }
     }
 }
 
@@ -65,9 +105,10 @@ pub struct Listening {
 }
 
 impl Listening {
-    /// Looks, once. What cannot be read is left out.
+    /// Looks, once, for the system's systemd or that of the `user` that we are. What cannot be read is left out.
     #[must_use]
-    pub fn look() -> Self {
+    pub fn look(user: bool) -> Self {
+        let owner = Owner::look(user);
         let tcp = procfs::net::tcp().unwrap_or_default().into_iter();
         let tcp = tcp.chain(procfs::net::tcp6().unwrap_or_default());
         let inet = tcp
@@ -84,7 +125,7 @@ impl Listening {
         for process in all_processes().into_iter().flatten().flatten() {
             for inode in sockets(&process) {
                 if let Some(of_socket) = holders.get_mut(&inode)
-                    && let Some(holder) = holder(&process)
+                    && let Some(holder) = holder(&owner, &process)
                 {
                     of_socket.push(holder);
                 }
@@ -99,7 +140,7 @@ impl Listening {
         let places = self.places.iter().filter(|(place, _)| addresses.iter().any(|one| reaches(one, place)));
         let mut holders: Vec<&Holder> =
             places.filter_map(|(_, inode)| self.holders.get(inode)).flatten().collect();
-        holders.sort_by_key(|holder| holder.is_systemd());
+        holders.sort_by_key(|holder| holder.is_systemd);
         holders.dedup();
         holders
     }
@@ -138,15 +179,17 @@ fn sockets(process: &Process) -> impl Iterator<Item = u64> {
     )
 }
 
-fn holder(process: &Process) -> Option<Holder> {
-    let cgroups = process.cgroups().ok()?.0;
-    // The hierarchy of systemd: the unified one, or a hybrid's own one.
-    let is_systemds = |group: &&ProcessCGroup| {
+fn holder(owner: &Owner, process: &Process) -> Option<Holder> {
+    Some(owner.holder(process.pid, process.stat().ok()?.comm, &cgroup(process)?))
+}
+
+/// The cgroup of a process in the hierarchy of systemd: the unified one, or a hybrid's own one.
+fn cgroup(process: &Process) -> Option<String> {
+    let is_systemds = |group: &ProcessCGroup| {
         group.hierarchy == 0 || group.controllers.iter().any(|name| name == "name=systemd")
     };
-    let units = cgroups.iter().filter(is_systemds).map(|group| units_of(&group.pathname));
-    let units = units.max_by_key(Vec::len).unwrap_or_default();
-    Some(Holder { pid: process.pid, program: process.stat().ok()?.comm, units })
+    let groups = process.cgroups().ok()?.0.into_iter().filter(is_systemds).map(|group| group.pathname);
+    groups.max_by_key(|path| units_of(path).len())
 }
 
 /// The units in the path of a cgroup: `/system.slice/web.service/sub` is of `web.service`.
@@ -202,7 +245,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let _unix = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let listening = Listening::look();
+        let listening = Listening::look(false);
         for place in [at.clone(), SockAddr::unix(&path).unwrap()] {
             let holders = listening.at(&[place]);
             assert!(
@@ -212,7 +255,7 @@ mod tests {
         }
         assert_eq!(try_to_bind(&at).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(tcp);
-        assert!(!Listening::look().is_anybody_at(std::slice::from_ref(&at)));
+        assert!(!Listening::look(false).is_anybody_at(std::slice::from_ref(&at)));
         assert!(try_to_bind(&at).is_ok());
     }
 
@@ -240,5 +283,47 @@ mod tests {
             ["user@0.service", "web.service"]
         );
         assert!(units_of("/").is_empty());
+    }
+
+    #[test]
+    fn only_our_own_systemds_units_and_process_count() {
+        let of = |user: Option<u32>, pid: i32, cgroup: &str| {
+            let owner = Owner { root: String::new(), user };
+            owner.holder(pid, "systemd".to_owned(), cgroup)
+        };
+        let (system, users) =
+            ("/system.slice/web.service/worker.service", "/user.slice/user-7.slice/user@7.service");
+        let in_users = format!("{users}/app.slice/web.service");
+        for (user, cgroup, expected) in [
+            (None, system, Some("web.service")),
+            (Some(7), system, None),
+            (None, &in_users, Some("user@7.service")),
+            (Some(7), &in_users, Some("web.service")),
+            (Some(8), &in_users, None),
+            (None, "/machine.slice/box.scope/payload/system.slice/web.service", Some("box.scope")),
+        ] {
+            assert_eq!(of(user, 9, cgroup).unit.as_deref(), expected, "{user:?} {cgroup}");
+        }
+        let inside = Owner { root: "/box.scope".to_owned(), user: None };
+        assert!(inside.holder(9, String::new(), "/box.scope/system.slice/web.service").is_of("web.service"));
+        assert!(!inside.holder(9, String::new(), "/system.slice/web.service").is_of("web.service"));
+
+        let init = format!("{users}/init.scope");
+        assert!(of(None, 1, "/init.scope").is_systemd && !of(None, 9, "/init.scope").is_systemd);
+        assert!(of(Some(7), 9, &init).is_systemd);
+        for other in [
+            of(None, 9, &init),
+            of(Some(8), 9, &init),
+            of(Some(7), 9, &in_users),
+            of(Some(7), 1, "/init.scope"),
+        ] {
+            assert!(!other.is_systemd, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_cannot_move_the_cursor() {
+        let holder = Holder { pid: 7, program: "a\u{1b}[2J\n\u{9b}b".to_owned(), ..Holder::default() };
+        assert_eq!(holder.describe(), "a?[2J??b (process 7)");
     }
 }

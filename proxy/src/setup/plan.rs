@@ -121,14 +121,14 @@ pub fn enable(args: &EnableArgs, facts: &Facts) -> Result<Plan, Problems> {
     strangers_files(facts, &mut problems);
 
     let record = record(facts);
-    let conf = contents::configuration(&names.instance, &record, &args.backend, args.options.given());
-    let socket = contents::socket(&names.instance, &args.listen);
+    let conf = contents::configuration(names, &record, &args.backend, args.options.given());
+    let socket = contents::socket(names, &args.listen);
     let mut written = |text: Result<String, String>| text.map_err(|error| problems.push(error)).ok();
     let (conf, socket) = (written(conf), written(socket));
     let (Some(conf), Some(socket), Some(run), true) = (conf, socket, run, problems.is_empty()) else {
         return Err(problems);
     };
-    let service = if names.user { None } else { contents::service(&names.instance, &facts.hindrances) };
+    let service = if names.user { None } else { contents::service(names, &facts.hindrances) };
     let files = [
         (&facts.places.conf, Some(conf)),
         (&facts.places.socket, Some(socket)),
@@ -264,7 +264,7 @@ fn listener(args: &EnableArgs, facts: &Facts, address: &Address, found: &Listene
         ));
     }
     let who = match found.holders.first() {
-        Some(holder) if holder.is_systemd() => {
+        Some(holder) if holder.is_systemd => {
             format!("a socket unit (see systemctl{user} list-sockets)")
         }
         Some(holder) => holder.describe(),
@@ -321,7 +321,7 @@ fn backend_address(args: &EnableArgs, facts: &Facts, problems: &mut Problems) {
         }
     }
     let is_strange = !facts.backend.is_up && !found.holders.is_empty();
-    let known = |holder: &super::holders::Holder| holder.is_of(unit) || holder.is_systemd();
+    let known = |holder: &super::holders::Holder| holder.is_of(unit) || holder.is_systemd;
     if let Some(stranger) = found.holders.iter().find(|holder| !known(holder)).filter(|_| is_strange) {
         problems.push(format!(
             "{unit} does not run, and {} listens at its address {backend}: drowse would not start it; stop that one, or \
@@ -371,7 +371,7 @@ fn steps(facts: &Facts, files: &[Change]) -> Vec<Step> {
     let (names, places) = (&facts.names, &facts.places);
     let changed = |path: &PathBuf| files.iter().any(|change| change.path == *path);
     let mut steps = Vec::new();
-    if matches!(facts.backend.file_state.as_str(), "enabled" | "enabled-runtime") {
+    if is_enabled(facts) && !facts.links.is_empty() {
         let at_runtime = facts.backend.file_state == "enabled-runtime";
         steps.push(Step::Disable { unit: names.unit.clone(), at_runtime });
     }
@@ -404,13 +404,14 @@ fn steps(facts: &Facts, files: &[Change]) -> Vec<Step> {
     steps
 }
 
+fn is_enabled(facts: &Facts) -> bool {
+    matches!(facts.backend.file_state.as_str(), "enabled" | "enabled-runtime")
+}
+
 fn found(facts: &Facts) -> Vec<String> {
     let unit = &facts.names.unit;
     let running = if facts.backend.is_up { "runs" } else { "does not run" };
-    let boot = match facts.backend.file_state.as_str() {
-        "enabled" | "enabled-runtime" => "is started at boot",
-        _ => "is not started at boot by itself",
-    };
+    let boot = if is_enabled(facts) { "is started at boot" } else { "is not started at boot by itself" };
     vec![format!("{unit} {running} and {boot}")]
 }
 
@@ -422,6 +423,14 @@ fn notes(args: &EnableArgs, facts: &Facts) -> Vec<String> {
             "{unit} is made by a generator, which may start it at boot; drowse then finds it awake and puts it to sleep"
         ));
     }
+    if is_enabled(facts) && facts.links.is_empty() {
+        let by = if facts.names.user {
+            "for all users (/etc/systemd/user)"
+        } else {
+            "by its package (/usr/lib/systemd/system)"
+        };
+        notes.push(format!("{unit} is enabled {by}: drowse finds it awake and puts it to sleep"));
+    }
     for other in &facts.dependents {
         notes.push(format!(
             "{other} starts {unit} when it starts itself; drowse then finds it awake and puts it to sleep"
@@ -432,6 +441,15 @@ fn notes(args: &EnableArgs, facts: &Facts) -> Vec<String> {
         notes.push(format!(
             "{name} {now} a listener of {unit}, too: whoever connects there starts it and passes drowse by, and nothing \
              is handed off. To leave all to drowse: systemctl{user} disable --now {name}"
+        ));
+    }
+    if let (false, Some(path)) = (facts.names.user, &facts.guessed_socket) {
+        let judged =
+            if facts.hindrances.closed_socket.is_some() { "gets CAP_DAC_OVERRIDE to" } else { "may" };
+        notes.push(format!(
+            "{} is not there, by its directories drowse {judged} connect: run this again while {unit} runs, and the \
+             socket itself decides",
+            path.display()
         ));
     }
     notes.extend(backend_notes(args, facts));
@@ -458,7 +476,7 @@ fn backend_notes(args: &EnableArgs, facts: &Facts) -> Option<String> {
         return Some(format!("{unit} runs, and nobody accepts connections at its address {backend}{hint}"));
     }
     let strangers: Vec<_> =
-        found.holders.iter().filter(|holder| !holder.is_of(unit) && !holder.is_systemd()).collect();
+        found.holders.iter().filter(|holder| !holder.is_of(unit) && !holder.is_systemd).collect();
     match strangers.first() {
         Some(stranger) if strangers.len() == found.holders.len() => {
             Some(format!("not {unit} but {} listens at {backend}", stranger.describe()))
@@ -625,7 +643,14 @@ mod tests {
     }
 
     fn holder(program: &str, unit: &str) -> Holder {
-        Holder { pid: 7, program: program.into(), units: vec![unit.into()] }
+        let unit = Some(unit.to_owned());
+        Holder {
+            pid: 7,
+            program: program.into(),
+            innermost: unit.clone(),
+            unit,
+            is_systemd: program == "systemd",
+        }
     }
 
     #[test]
@@ -787,6 +812,11 @@ mod tests {
                     facts.own_sockets = vec![Own { name: "web.socket".into(), ..Own::default() }];
                 }),
             ),
+            (
+                "/run/x is not there, by its directories drowse may connect",
+                Box::new(|facts| facts.guessed_socket = Some("/run/x".into())),
+            ),
+            ("web.service is enabled by its package", Box::new(|facts| facts.links.clear())),
             ("no hand-off here", Box::new(|facts| facts.no_handoff = Some("no bpffs".into()))),
         ];
         for (words, spoil) in cases {
@@ -795,6 +825,19 @@ mod tests {
             let notes = enable(&args(&ADDRESSES), &facts).unwrap().notes;
             assert!(notes.len() == 1 && notes[0].contains(words), "{words}: {notes:?}");
         }
+    }
+
+    #[test]
+    fn what_is_enabled_for_all_users_stays() {
+        let mut facts = facts();
+        facts.names = Names::new("web", true).unwrap();
+        facts.links.clear();
+        let plan = enable(&args(&ADDRESSES), &facts).unwrap();
+        assert!(!plan.after.iter().any(|step| matches!(step, Step::Disable { .. })), "{:?}", plan.after);
+        assert!(plan.notes[0].contains("is enabled for all users (/etc/systemd/user)"), "{:?}", plan.notes);
+        let mut after = done(&plan, facts);
+        after.backend.file_state = "enabled".into();
+        assert!(enable(&args(&ADDRESSES), &after).unwrap().is_empty());
     }
 
     #[test]

@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use socket2::{SockAddr, Socket, Type};
 use tokio::process::Command;
 
+use super::holders::printable;
 use super::{Ended, Names};
 use crate::activation::systemd::manager::Manager;
 use crate::address::{self, Address};
@@ -51,10 +52,11 @@ pub async fn run(
         }
         Err(error) => {
             writeln!(out, "try: failed: {error:#}")?;
-            let instance = &names.instance;
             writeln!(
                 out,
-                "What was set up stays: put it right and connect again, or undo it with drowse disable {instance}"
+                "What was set up stays: put it right and connect again, or undo it with drowse disable{} {}",
+                names.user_flag(),
+                names.instance
             )?;
             Ok(Ended::Refused)
         }
@@ -184,6 +186,6 @@ pub(super) async fn last_words(unit: &str, user: bool) -> String {
     };
     match String::from_utf8_lossy(&output.stdout).trim() {
         "" => String::new(),
-        line => format!(": {line}"),
+        line => format!(": {}", printable(line)),
     }
 }
