@@ -199,6 +199,8 @@ struct State {
     /// The unique name of the client that called `Subscribe`.
     subscriber: Option<String>,
     last_job: u32,
+    /// How long a `daemon-reload` takes; nothing else is answered meanwhile.
+    reload_time: Duration,
 }
 
 enum Order {
@@ -311,6 +313,11 @@ impl FakeSystemd {
         let bus = Some("org.freedesktop.DBus");
         stranger.call_method(bus, "/org/freedesktop/DBus", bus, "GetId", &()).await?;
         Ok(())
+    }
+
+    /// How long a `daemon-reload` takes; nothing else is answered meanwhile.
+    pub fn set_reload_time(&self, time: Duration) {
+        lock(&self.state).reload_time = time;
     }
 
     /// A `daemon-reload` ended.
@@ -516,6 +523,12 @@ impl Service {
             "ResetFailedUnit" => {
                 let (name,): (String,) = body.deserialize()?;
                 self.record(format!("{member} {name}"));
+                conn.reply(&header, &()).await?;
+            }
+            "Reload" => {
+                self.record(member);
+                let time = lock(&self.state).reload_time;
+                tokio::time::sleep(time).await;
                 conn.reply(&header, &()).await?;
             }
             "StartUnit" | "StopUnit" => {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use drowse::activation::systemd::manager::Manager;
 use drowse::activation::systemd::{Bus, SystemdDriver};
 use drowse::activation::{BackendState, Change, Driver, DriverFuture, Failure};
 use drowse_tests::fake_systemd::{Answer, DEADLINE, FakeSystemd, FakeUnit, PrivateBus};
@@ -557,5 +558,16 @@ async fn what_cannot_be_known_is_an_obstacle() -> Result<()> {
         within(driver.handoff_obstacle()).await?.as_deref(),
         Some("dice.target groups several units: what they restrict is unknown")
     );
+    Ok(())
+}
+
+/// Generators may take longer than any other call.
+#[tokio::test]
+async fn a_reload_may_take_longer_than_another_answer() -> Result<()> {
+    let bus = PrivateBus::start()?;
+    let systemd = FakeSystemd::start(&bus, "dice.service", FakeUnit::default()).await?;
+    let manager = Manager::connect(Bus::Address(bus.address()), Duration::from_secs(1)).await?;
+    systemd.set_reload_time(Duration::from_millis(1500));
+    manager.reload().await?;
     Ok(())
 }

@@ -22,7 +22,7 @@ use super::link::{DBUS, ListedUnit, MANAGER, PROPERTIES, SYSTEMD, SYSTEMD_PATH, 
 use super::unit::{ActiveState, object_path};
 use crate::activation::Failure;
 
-/// How long a job may take: the time that systemd gives a start or a stop by default, twice.
+/// How long a job or a reload may take: the time that systemd gives a start or a stop by default, twice.
 const JOB_TIMEOUT: Duration = Duration::from_mins(3);
 
 /// A unit in one line, as `systemctl list-units` has it.
@@ -130,7 +130,7 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// Connects; no call will take longer than `reply_timeout`.
+    /// Connects; no call will take longer than `reply_timeout`, but for jobs and [`Self::reload`].
     ///
     /// # Errors
     /// There is no bus, or it does not let us in (result `bus`).
@@ -224,12 +224,13 @@ impl Manager {
         Ok(changes.into_iter().filter_map(removed).collect())
     }
 
-    /// Reads all unit files again.
+    /// Reads all unit files again. It may take as long as a job: systemd gives its generators 90 s.
     ///
     /// # Errors
     /// systemd refuses.
     pub async fn reload(&self) -> Result<(), Failure> {
-        self.call(SYSTEMD_PATH, MANAGER, "Reload", &()).await.map(drop)
+        let call = self.conn.call_method(Some(SYSTEMD), SYSTEMD_PATH, Some(MANAGER), "Reload", &());
+        self.limited(JOB_TIMEOUT, call).await.map(drop)
     }
 
     /// Forgets that a unit failed.
@@ -252,7 +253,7 @@ impl Manager {
             let rule = format!("type='signal',sender='{SYSTEMD}',interface='{MANAGER}',member='JobRemoved'");
             let matched =
                 self.conn.call_method(Some(DBUS), "/org/freedesktop/DBus", Some(DBUS), "AddMatch", &rule);
-            self.limited(matched).await?;
+            self.limited(self.reply_timeout, matched).await?;
             self.call(SYSTEMD_PATH, MANAGER, "Subscribe", &()).await?;
             self.subscribed = true;
         }
@@ -307,14 +308,18 @@ impl Manager {
         method: &str,
         body: &B,
     ) -> Result<Message, Failure> {
-        self.limited(self.conn.call_method(Some(SYSTEMD), path, Some(interface), method, body)).await
+        let call = self.conn.call_method(Some(SYSTEMD), path, Some(interface), method, body);
+        self.limited(self.reply_timeout, call).await
     }
 
-    async fn limited(&self, call: impl Future<Output = zbus::Result<Message>>) -> Result<Message, Failure> {
-        match tokio::time::timeout(self.reply_timeout, call).await {
+    async fn limited(
+        &self,
+        limit: Duration,
+        call: impl Future<Output = zbus::Result<Message>>,
+    ) -> Result<Message, Failure> {
+        match tokio::time::timeout(limit, call).await {
             Ok(answer) => answer.map_err(|error| self.refused(&error)),
             Err(_elapsed) => {
-                let limit = self.reply_timeout;
                 Err(Failure::new("bus", format!("systemd did not answer over {} within {limit:?}", self.bus)))
             }
         }
