@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use drowse::report::control::Control;
+use drowse::report::remembered::Remembered;
 use drowse::report::snapshot::{FlowCount, HandoffState, Snapshot, Source, StateName};
 use drowse_tests::deadline::eventually;
 use drowse_tests::drowse_binary;
@@ -499,6 +500,73 @@ async fn sleepers_are_told_while_systemd_can_be_asked() -> Result<()> {
     ensure!(told[1].line.ends_with("the next connection wakes ring1-sleeper.service"), "{told:?}");
     systemd.leave_bus().await?;
     ensure!(status().await?.is_empty());
+    Ok(())
+}
+
+/// `/run/drowse` belongs to a user who is not root: what root reads there is a file of moderate size, or nothing.
+#[tokio::test]
+async fn what_is_no_file_in_the_directory_is_not_read() -> Result<()> {
+    let runtime = tempfile::tempdir()?;
+    let directory = runtime.path().join("drowse");
+    std::fs::create_dir(&directory)?;
+    let bus = PrivateBus::start()?;
+    let active = FakeUnit { active: "active", ..FakeUnit::default() };
+    let _systemd = FakeSystemd::start(&bus, "drowse@ring1-sleeper.socket", active).await?;
+    let today = async || {
+        let mut command = tokio::process::Command::new(drowse_binary()?);
+        command.args(["status", "ring1-sleeper", "--json"]).env_remove(RUNTIME_DIR).kill_on_drop(true);
+        command
+            .env("XDG_RUNTIME_DIR", runtime.path())
+            .env("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent");
+        command.env("DBUS_SESSION_BUS_ADDRESS", bus.address());
+        let output = tokio::time::timeout(SOON, command.output()).await.context("status hangs")??;
+        ensure!(output.status.success(), "{output:?}");
+        let one: Snapshot = serde_json::from_slice(&output.stdout)?;
+        ensure!(one.source == Source::Systemd, "{one:?}");
+        anyhow::Ok(one.today)
+    };
+    let file = directory.join("ring1-sleeper.json");
+    let json = serde_json::to_string(&Remembered { counted_since_s: 1, ..Remembered::default() })?;
+    std::fs::write(&file, &json)?;
+    ensure!(today().await?.is_some(), "a file is read");
+    std::fs::write(&file, json.clone() + &" ".repeat(1 << 20))?;
+    ensure!(today().await?.is_some(), "of a long file the beginning is read");
+
+    std::fs::rename(&file, directory.join("elsewhere"))?;
+    for target in [directory.join("elsewhere"), "/dev/zero".into()] {
+        std::os::unix::fs::symlink(target, &file)?;
+        ensure!(today().await?.is_none(), "a link is followed");
+        std::fs::remove_file(&file)?;
+    }
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &file, rustix::fs::FileType::Fifo, mode, 0)?;
+    ensure!(today().await?.is_none());
+    Ok(())
+}
+
+/// Nor does it write where a link of somebody else's points.
+#[tokio::test]
+async fn no_link_in_the_directory_is_followed_by_a_write() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let target = directory.path().join("target");
+    std::fs::write(&target, "mine")?;
+    std::fs::set_permissions(&target, std::fs::Permissions::from_mode(0o644))?;
+    let link = |name: &str| std::os::unix::fs::symlink(&target, directory.path().join(name));
+    let own = format!(".{}", std::process::id());
+    let control = Control::open(Some(directory.path()), "echo")?;
+    let remembered = Remembered { activations: 7, ..Remembered::default() };
+    link(&own)?;
+    link("echo.json")?;
+    control.remember(&remembered);
+    ensure!(control.remembered() == Some(remembered));
+    let mode = |path: &Path| anyhow::Ok(std::fs::symlink_metadata(path)?.permissions().mode() & 0o777);
+    ensure!(mode(&directory.path().join("echo.json"))? == 0o600);
+    ensure!(std::fs::read_to_string(&target)? == "mine" && mode(&target)? == 0o644);
+    drop(control);
+    let mut left: Vec<_> =
+        std::fs::read_dir(directory.path())?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
+    left.sort();
+    ensure!(left == [&own, "echo.json", "target"], "{left:?}");
     Ok(())
 }
 

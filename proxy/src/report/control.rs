@@ -1,15 +1,19 @@
 //! The status socket: whoever connects gets one [`Snapshot`] as JSON and the end of the stream.
 //!
 //! Owns: `DIRECTORY/NAME.sock` while drowse runs, and reading those of others. Must never: read from a peer, wait for
-//! one, or keep drowse from serving; a service without a status socket serves as well.
-//! Rests on: connecting to a unix socket needs write permission on it, `unix(7)`, so mode 0600 lets in root and the
+//! one, or keep drowse from serving; a service without a status socket serves as well. Nor may it follow a link, or wait
+//! for a pipe, that lies in a directory: `/run/drowse` belongs to the user `drowse`, and root looks into it.
+//! Rests on: a unix socket gets the mode that `fchmod(2)` gave it before it was bound, without the umask's bits;
+//! connecting to a unix socket needs write permission on it, `unix(7)`, so mode 0600 lets in root and the
 //! socket's own user only; a connect to a socket file that nobody listens on is refused.
 
 use std::fmt;
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder, OpenOptions, Permissions};
 use std::future::Future;
-use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
@@ -17,6 +21,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use rustix::fs::{Mode, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
@@ -40,6 +45,8 @@ const BACKLOG: i32 = 64;
 const ANSWER_TIME: Duration = Duration::from_secs(1);
 /// The longest answer that is read, in bytes; a real one has 2 KiB.
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
+/// The longest file of what is remembered, in bytes; a real one has 200.
+const REMEMBERED_BYTES_MAX: u64 = 64 << 10;
 /// The pause after an accept that failed for want of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -131,12 +138,11 @@ impl Control {
     /// in memory.
     pub fn remember(&self, remembered: &Remembered) {
         let Some(Listening { path, .. }) = &self.listening else { return };
-        let own = path.with_file_name(format!(".{}", std::process::id()));
-        let written = || {
-            let json = serde_json::to_vec(remembered)?;
-            fs::write(&own, json)?;
-            fs::set_permissions(&own, Permissions::from_mode(0o600))?;
-            fs::rename(&own, path.with_extension(REMEMBERED))
+        let written = || -> io::Result<()> {
+            let mut own = temporary().tempfile_in(directory_of(path))?;
+            own.write_all(&serde_json::to_vec(remembered)?)?;
+            own.persist(path.with_extension(REMEMBERED))?;
+            Ok(())
         };
         if let Err(error) = written() {
             tracing::debug!(%error, "cannot keep what the next drowse would know");
@@ -190,7 +196,15 @@ pub fn remembered_in(directory: &Path, name: &str) -> Option<Remembered> {
 }
 
 fn read_remembered(socket: &Path) -> Option<Remembered> {
-    serde_json::from_slice(&fs::read(socket.with_extension(REMEMBERED)).ok()?).ok()
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file =
+        OpenOptions::new().read(true).custom_flags(flags).open(socket.with_extension(REMEMBERED)).ok()?;
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    let mut json = Vec::new();
+    file.take(REMEMBERED_BYTES_MAX).read_to_end(&mut json).ok()?;
+    serde_json::from_slice(&json).ok()
 }
 
 /// Forgets what is remembered of the service `name` in `directory`.
@@ -222,28 +236,30 @@ fn is_alive(path: &Path) -> anyhow::Result<bool> {
     }
 }
 
-/// Listens under a name of our own first: the socket gets its place, and takes that of a dead one, with its final mode
-/// and at a moment when a connect is not refused.
+/// Listens under a name that nobody had before: the socket gets its place, and takes that of a dead one, with its final
+/// mode and at a moment when a connect is not refused.
 fn listen(path: PathBuf) -> io::Result<Listening> {
-    let own = path.with_file_name(format!(".{}", std::process::id()));
-    let _left_by_a_process_of_the_same_number = fs::remove_file(&own);
-    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
-    socket.bind(&SockAddr::unix(&own)?)?;
-    let placed = fs::set_permissions(&own, Permissions::from_mode(0o600))
-        .and_then(|()| socket.listen(BACKLOG))
-        .and_then(|()| UnixListener::from_std(socket.into()))
-        .and_then(|socket| {
-            let file = identity(&own)?;
-            fs::rename(&own, &path)?;
-            Ok((socket, file))
-        });
-    match placed {
-        Ok((socket, file)) => Ok(Listening { socket, path, file }),
-        Err(error) => {
-            let _nothing_else_can_be_done = fs::remove_file(&own);
-            Err(error)
-        }
-    }
+    let own = temporary().make_in(directory_of(&path), |own| {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+        fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+        socket.bind(&SockAddr::unix(own)?)?;
+        socket.listen(BACKLOG)?;
+        Ok(socket)
+    })?;
+    let file = identity(own.path())?;
+    let socket = UnixListener::from_std(own.persist(&path)?.into())?;
+    Ok(Listening { socket, path, file })
+}
+
+/// How files are named that are not complete yet.
+fn temporary() -> tempfile::Builder<'static, 'static> {
+    let mut temporary = tempfile::Builder::new();
+    temporary.prefix(".");
+    temporary
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("."))
 }
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
