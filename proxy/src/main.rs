@@ -8,6 +8,7 @@ use clap::Parser as _;
 use drowse::config::{Action, Cli, RunArgs};
 use drowse::listener::Passed;
 use drowse::log;
+use drowse::report::text::printable;
 use drowse::report::{Said, check, status, top};
 use drowse::setup::{self, Ended};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -37,7 +38,7 @@ fn tell(look: impl Future<Output = anyhow::Result<Said>>) -> ExitCode {
     };
     let written = std::io::stdout().lock().write_all(said.answer.as_bytes());
     for note in &said.notes {
-        let _nobody_listens = writeln!(std::io::stderr(), "drowse: {note}");
+        let _nobody_listens = writeln!(std::io::stderr(), "drowse: {}", printable(note));
     }
     if said.success && written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -1,6 +1,6 @@
 //! Ring 1: `drowse status` and `drowse check` beside the real program, and the status socket itself.
 
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -500,6 +500,35 @@ async fn sleepers_are_told_while_systemd_can_be_asked() -> Result<()> {
     ensure!(told[1].line.ends_with("the next connection wakes ring1-sleeper.service"), "{told:?}");
     systemd.leave_bus().await?;
     ensure!(status().await?.is_empty());
+    Ok(())
+}
+
+/// What a peer says, and how it calls itself, goes to terminals; scripts get it as it is.
+#[test]
+fn no_peer_commands_the_terminal() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let evil = |text: &str| text.contains(['\x1b', '\u{9b}', '\u{202e}']);
+    let mut hostile = snapshot(&run(&[], &[])?)?;
+    let words = "\x1b[2J\u{9b}31m\u{202e}evil\nname  asleep";
+    (hostile.name, hostile.line) = (words.into(), format!("awake: {words}"));
+    hostile.plane.handoff.listeners[0].address = words.into();
+    hostile.plane.handoff.reason = Some(words.into());
+    let (listener, json) =
+        (UnixListener::bind(directory.path().join("hostile.sock"))?, serde_json::to_vec(&hostile)?);
+    std::thread::spawn(move || {
+        listener.incoming().for_each(|peer| peer.and_then(|mut peer| peer.write_all(&json)).unwrap());
+    });
+    // One that is silent, with a name that is no better: it is in the notes.
+    drop(UnixListener::bind(directory.path().join("\x1b[2J\u{202e}.sock"))?);
+    for words in [&["status"][..], &["status", "hostile"], &["check"], &["status", "\x1b[2J\u{202e}"]] {
+        let output = look(directory.path(), words)?;
+        let said =
+            [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+        ensure!(said.contains("?[2J") && !evil(&said), "{words:?}: {said:?}");
+        ensure!(said.lines().all(|line| !line.starts_with("name")), "{words:?}: {said:?}");
+    }
+    let json: Snapshot = serde_json::from_str(&told(directory.path(), &["status", "hostile", "--json"])?)?;
+    ensure!(json.name == hostile.name, "{json:?}");
     Ok(())
 }
 

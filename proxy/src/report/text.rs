@@ -11,7 +11,8 @@ pub const WIDTH: usize = 80;
 const PARAGRAPH_MIN: usize = 24;
 
 /// The first row is the heading. Each column is as wide as its longest cell, but for the last one, which is as long as
-/// it is, or, `wrapped`, continued on further lines within [`WIDTH`] columns. Rows have the same number of cells.
+/// it is, or, `wrapped`, continued on further lines within [`WIDTH`] columns. Rows have the same number of cells, each of
+/// which is [`printable`].
 #[must_use]
 pub fn table(rows: &[Vec<String>], wrapped: bool) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
@@ -24,10 +25,10 @@ pub fn table(rows: &[Vec<String>], wrapped: bool) -> String {
     for row in rows {
         let mut line = String::new();
         for (cell, width) in row.iter().zip(&widths) {
-            let _infallible = write!(line, "{cell:width$}  ");
+            let _infallible = write!(line, "{:width$}  ", printable(cell));
         }
         let last = row.get(widths.len()).map_or("", String::as_str);
-        line.push_str(&if wrapped { paragraph(last, indent) } else { last.to_owned() });
+        line.push_str(&if wrapped { paragraph(last, indent) } else { printable(last) });
         text.push_str(line.trim_end());
         text.push('\n');
     }
@@ -35,7 +36,7 @@ pub fn table(rows: &[Vec<String>], wrapped: bool) -> String {
 }
 
 /// Breaks `words` at blanks so that they fit beside `indent` columns; the first line is not indented. A word that is
-/// too long stays whole: it can be copied.
+/// too long stays whole: it can be copied. Without the characters that [`printable`] replaces.
 #[must_use]
 pub fn paragraph(words: &str, indent: usize) -> String {
     let room = WIDTH.saturating_sub(indent).max(PARAGRAPH_MIN);
@@ -49,10 +50,18 @@ pub fn paragraph(words: &str, indent: usize) -> String {
             text.push(' ');
             used += 1;
         }
-        text.push_str(word);
+        text.push_str(&printable(word));
         used += length;
     }
     text
+}
+
+/// One line that a terminal shows as it is: a `?` stands for each control character, and for each that turns the
+/// direction of writing. Names and reasons come from peers, who may be hostile.
+#[must_use]
+pub fn printable(line: &str) -> String {
+    let turns = |c: char| matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    line.chars().map(|c| if c.is_control() || turns(c) { '?' } else { c }).collect()
 }
 
 /// How long something took, in the unit that tells most: `850 us`, `12 ms`, `1.2 s`, `15 min`.
@@ -104,6 +113,16 @@ mod tests {
             .map(|row| row.map(String::from).to_vec());
         assert_eq!(table(&rows, false), "NAME  N   WHY\ndice  10  because\nä     1\n");
         assert_eq!(table(&[], false), "");
+    }
+
+    #[test]
+    fn no_peer_commands_the_terminal() {
+        assert_eq!(printable("a\x1b[2J\r\n\t\u{9b}\x7f\u{202e}b\u{2066}ä"), "a?[2J??????b?ä");
+        let rows = [["NAME", "WHY"], ["\x1b]0;x\x07", "two\nlines \x1b[0m"]]
+            .map(|row| row.map(String::from).to_vec());
+        assert_eq!(table(&rows, false), "NAME    WHY\n?]0;x?  two?lines ?[0m\n");
+        assert_eq!(table(&rows, true), "NAME    WHY\n?]0;x?  two lines ?[0m\n");
+        assert_eq!(paragraph("a \x1b[1mb\n\u{202e}c", 0), "a ?[1mb ?c");
     }
 
     #[test]

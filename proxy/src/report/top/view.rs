@@ -14,7 +14,7 @@ use ratatui::widgets::{Cell, Paragraph, Row, Table, TableState, Wrap};
 use crate::report::snapshot::{Snapshot, StateName};
 use crate::report::status;
 use crate::report::status_line::rough;
-use crate::report::text::elapsed;
+use crate::report::text::{elapsed, printable};
 use crate::report::top::model::{FlowLine, Model, Rates, Sort, Watched, open_flows};
 
 /// Lines of the pane of one service above its flows.
@@ -48,10 +48,18 @@ pub struct Abilities {
 
 /// Draws `model`.
 pub fn draw(frame: &mut Frame<'_>, model: &Model, can: Abilities) {
-    let [title, rest, footer] =
-        Layout::vertical([Constraint::Length(1), Constraint::Min(1), Constraint::Length(1)])
-            .areas(frame.area());
+    let old = model.trouble.as_ref().filter(|_| !model.shown().is_empty());
+    let [title, trouble, rest, footer] = Layout::vertical([
+        Constraint::Length(1),
+        Constraint::Length(u16::from(old.is_some())),
+        Constraint::Min(1),
+        Constraint::Length(1),
+    ])
+    .areas(frame.area());
     frame.render_widget(heading(model), title);
+    if let Some(why) = old {
+        frame.render_widget(Paragraph::new(format!("no news: {why}")), trouble);
+    }
     if let Some(watched) = model.looked_into() {
         let above = u16::try_from(model.shown().len()).unwrap_or(u16::MAX).saturating_add(1);
         let most = rest.height.saturating_sub(rest.height / 2).max(SERVICES_LINES_MIN);
@@ -63,6 +71,12 @@ pub fn draw(frame: &mut Frame<'_>, model: &Model, can: Abilities) {
         draw_services(frame, model, can, rest);
     }
     frame.render_widget(keys(model), footer);
+    // Control characters get no cell, but what turns the direction of writing is in that of the character before it.
+    for cell in &mut frame.buffer_mut().content {
+        if printable(cell.symbol()) != cell.symbol() {
+            cell.set_symbol("?");
+        }
+    }
 }
 
 fn heading(model: &Model) -> Paragraph<'static> {
@@ -403,6 +417,31 @@ mod tests {
     }
 
     #[test]
+    fn no_peer_commands_the_terminal() {
+        let words = "\x1b[2J\u{9b}31m\u{202e}evil\r\n\u{2066}\x07";
+        let mut hostile = service("dice", 0);
+        let snapshot = hostile.answer.as_mut().unwrap();
+        (snapshot.name, snapshot.plane.forward) = (words.into(), words.into());
+        snapshot.idle.reasons = vec![words.into()];
+        snapshot.flows.handed_off.open = 1;
+        snapshot.last_failure = Some(LastFailure { result: words.into(), message: words.into(), ago_s: 1.0 });
+        let silent = Service { file_name: words.into(), answer: Err(Silence::Odd(words.into())) };
+        let mut model = Model::new(s(1));
+        for looked_into in [hostile, silent] {
+            model.update(vec![looked_into], s(1));
+            model.trouble = Some(words.into());
+            model.press(Key::Enter);
+            let of = model.looked_into().unwrap().id.clone();
+            model.update_flows(&of, Err(words.into()), s(1));
+            let screen = lines(&model, PLAIN, 80, 24).concat();
+            let turns = |c| ('\u{2028}'..'\u{2070}').contains(&c);
+            assert!(screen.contains("evil") && !screen.contains(char::is_control), "{screen:?}");
+            assert!(!screen.contains(turns), "{screen:?}");
+            model.press(Key::Enter);
+        }
+    }
+
+    #[test]
     fn nobody_is_told_and_why() {
         let mut model = Model::new(s(1));
         assert!(lines(&model, PLAIN, 80, 5)[1].starts_with("asking"));
@@ -410,6 +449,14 @@ mod tests {
         assert!(lines(&model, PLAIN, 80, 5)[1].starts_with("no drowse runs here"));
         model.trouble = Some("read /run/drowse: not permitted".into());
         assert!(lines(&model, PLAIN, 80, 5)[1].contains("not permitted"));
+        model.update(services(0), s(2));
+        model.trouble = Some("read /run/drowse: not permitted".into());
+        let old = lines(&model, PLAIN, 80, 8);
+        assert!(
+            old[1] == "no news: read /run/drowse: not permitted" && old[2].starts_with("NAME"),
+            "{old:?}"
+        );
+        assert!(old[5].starts_with("dice"), "{old:?}");
         model.update(services(0), s(2));
         for key in "/nothing".chars() {
             model.press(Key::Char(key));
