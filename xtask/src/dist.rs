@@ -45,7 +45,6 @@ To install or to upgrade, as root in this directory:
 
     cp -r --preserve=mode --remove-destination usr/. /usr/
     systemd-sysusers
-    systemd-tmpfiles --create
     systemctl daemon-reload
     systemctl try-restart 'drowse@*.service'
 
@@ -166,7 +165,7 @@ fn unit_place(file: &Path) -> anyhow::Result<PathBuf> {
     let first = file.iter().next().unwrap_or_default().to_string_lossy();
     Ok(match first.as_ref() {
         "user" => Path::new("usr/lib/systemd").join(file),
-        "sysusers.d" | "tmpfiles.d" => Path::new("usr/lib").join(file),
+        "sysusers.d" => Path::new("usr/lib").join(file),
         "polkit-1" => Path::new("usr/share").join(file),
         "examples" => Path::new(DOCUMENTS).join(file),
         "README.md" => Path::new(DOCUMENTS).join("units").join(file),
@@ -416,7 +415,6 @@ mod tests {
             ("drowse@.service", "usr/lib/systemd/system/drowse@.service"),
             ("user/drowse@.socket", "usr/lib/systemd/user/drowse@.socket"),
             ("sysusers.d/drowse.conf", "usr/lib/sysusers.d/drowse.conf"),
-            ("tmpfiles.d/drowse.conf", "usr/lib/tmpfiles.d/drowse.conf"),
             ("polkit-1/rules.d/50-drowse.rules", "usr/share/polkit-1/rules.d/50-drowse.rules"),
             ("examples/dice/dice.py", "usr/share/doc/drowse/examples/dice/dice.py"),
             ("README.md", "usr/share/doc/drowse/units/README.md"),
