@@ -378,6 +378,14 @@ fn a_backend_on_a_closed_unix_socket_is_reached() -> Result<()> {
         ensure!(output.status.success() && text(&output).contains("dice.service woke"), "{}", text(&output));
         let answer = http_get(connect_unix(&systemd.path("/run/dice.sock"))?)?;
         ensure!(answer.starts_with("{\"dice\": "), "{answer}");
+        // Its socket and its directory are there, and then they are not.
+        for state in ["active", "inactive"] {
+            let again =
+                systemd.run(["drowse", "enable", "dice"].into_iter().chain(paths.into_iter().take(4)))?;
+            ensure!(text(&again).contains("nothing to change"), "{state}: {}", text(&again));
+            systemd.systemctl(["stop", "dice.service"])?;
+            ensure!(!systemd.path("/run/dice-private").exists());
+        }
         Ok(())
     })
 }
@@ -447,6 +455,28 @@ fn a_users_own_service_is_set_up_without_root() -> Result<()> {
         ensure!(said.contains("default.target.wants/web.service"), "{said}");
         let after = tree(installation, &home)?;
         ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
-        well(&["systemctl", "--user", "is-active", "web.service"]).map(drop)
+        well(&["systemctl", "--user", "is-active", "web.service"])?;
+
+        let unit = "[Service]\nExecStart=/bin/false\n[Install]\nWantedBy=default.target\n";
+        systemd.write("/etc/systemd/user/all.service", unit)?;
+        systemd.systemctl(["--global", "enable", "all.service"])?;
+        well(&["systemctl", "--user", "daemon-reload"])?;
+        let words = [
+            "drowse",
+            "enable",
+            "all",
+            "--user",
+            "--listen",
+            "127.0.0.1:8090",
+            "--backend",
+            "127.0.0.1:8091",
+        ];
+        let output = as_user(&[&words[..], &["--try"]].concat())?;
+        for part in ["all.service is enabled for all users", "undo it with drowse disable --user all"] {
+            ensure!(text(&output).contains(part), "no '{part}' in: {}", text(&output));
+        }
+        ensure!(!text(&output).contains("no more start"), "{}", text(&output));
+        ensure!(well(&words)?.contains("nothing to change"));
+        Ok(())
     })
 }

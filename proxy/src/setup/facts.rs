@@ -430,6 +430,7 @@ pub fn places(names: &Names) -> anyhow::Result<Places> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::setup::contents::{Record, configuration, service};
     use std::os::unix::net::UnixListener;
 
     fn set_mode(path: &Path, mode: u32) {
@@ -469,8 +470,8 @@ mod tests {
         let places = places(&names).unwrap();
         let (backend, other): (Address, Address) = ("/run/x".parse().unwrap(), "/run/y".parse().unwrap());
         let closed = Hindrances { closed_socket: Some("/run/x".into()), ..Hindrances::default() };
-        let conf = super::super::contents::configuration(&names, &Default::default(), &backend, &[]).unwrap();
-        let drop_in = super::super::contents::service(&names, &closed).unwrap();
+        let conf = configuration(&names, &Record::default(), &backend, &[]).unwrap();
+        let drop_in = service(&names, &closed).unwrap();
         let mut facts = Facts::default();
         assert_eq!(facts.earlier(&backend, &places), None);
         facts.files.insert(places.conf.clone(), conf);
