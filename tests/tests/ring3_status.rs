@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use drowse::clock;
 use drowse_tests::deadline::eventually;
 use drowse_tests::service::{Installation, SOON, with_drowse};
 use serde_json::Value;
@@ -76,12 +77,59 @@ fn a_service_without_its_drowse_is_told_from_systemd() -> Result<()> {
         )?;
         systemd.systemctl(["start", "taker.service"])?;
         let _fails = systemd.run(["systemctl", "start", "drowse@echo.socket"])?;
+        let changed = systemd.property("drowse@echo.socket", "StateChangeTimestampMonotonic")?;
+        let since = |now: Duration| now.saturating_sub(Duration::from_micros(changed.parse().unwrap_or(0)));
+        let least = since(clock::now());
         let failed = status(installation)?;
+        let told = Duration::from_secs_f64(failed["since_s"].as_f64().context("a time")?);
+        let not_of_the_backend = least..=since(clock::now());
+        ensure!(not_of_the_backend.contains(&told), "{told:?} is not in {not_of_the_backend:?}");
         ensure!(failed["state"] == "failed", "{failed:#}");
         ensure!(
             failed["line"].as_str().unwrap_or("").contains("drowse@echo.socket failed (result resources)"),
             "{failed:#}"
         );
+        Ok(())
+    })
+}
+
+/// A backend that is not in memory is looked at all the same, among many as alone.
+#[test]
+fn a_backend_that_cannot_be_started_is_told_among_others() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        for name in ["good", "masked", "missing", "odd", "aliased"] {
+            let unit = if name == "odd" { "no unit at all".to_owned() } else { format!("{name}.service") };
+            installation.socket(name, &format!("@{name}"))?;
+            installation
+                .configure(name, &format!("DROWSE_BACKEND=127.0.0.1:9000\nDROWSE_UNIT=\"{unit}\"\n"))?;
+        }
+        installation.unit("good", "[Service]\nExecStart=/usr/bin/sleep infinity\n")?;
+        let directory = "/etc/systemd/system";
+        systemd.call(["ln", "-s", "/dev/null", &format!("{directory}/masked.service")])?;
+        systemd.call(["ln", "-s", "good.service", &format!("{directory}/aliased.service")])?;
+        systemd.systemctl(["daemon-reload"])?;
+        let sockets =
+            ["good", "masked", "missing", "odd", "aliased"].map(|name| format!("drowse@{name}.socket"));
+        systemd.systemctl(["start".to_owned()].into_iter().chain(sockets))?;
+        let all: Vec<Value> = serde_json::from_str(&systemd.call(["drowse", "status", "--json"])?)?;
+        ensure!(all.len() == 5, "{all:#?}");
+        for (name, state, words) in [
+            ("aliased", "asleep", "the next connection wakes aliased.service"),
+            ("good", "asleep", "the next connection wakes good.service"),
+            ("masked", "failed", "masked.service cannot be started (masked)"),
+            ("missing", "failed", "missing.service cannot be started (not-found)"),
+        ] {
+            let listed = all.iter().find(|one| one["name"] == name).context("listed")?;
+            ensure!(listed["state"] == state, "{listed:#}");
+            ensure!(listed["line"].as_str().unwrap_or("").contains(words), "{listed:#}");
+            ensure!(listed["since_s"].is_null() == (state == "failed"), "made up: {listed:#}");
+            let alone: Value = serde_json::from_str(&systemd.call(["drowse", "status", name, "--json"])?)?;
+            ensure!(alone["line"] == listed["line"] && alone["state"] == state, "{alone:#} {listed:#}");
+        }
+        let text = systemd.call(["drowse", "status"])?;
+        let masked = text.lines().find(|line| line.starts_with("masked ")).context("a line")?;
+        ensure!(masked.split_whitespace().take(3).eq(["masked", "failed", "-"]), "{text}");
         Ok(())
     })
 }

@@ -126,7 +126,7 @@ impl Page {
             Some(Unit::Seconds),
             "When the backend came into its state, unix time.",
         );
-        self.moment(page, &since, Some(it.since_s))?;
+        self.moment(page, &since, it.since_s)?;
         Family(
             "connections_max",
             None,

@@ -4,7 +4,7 @@
 //! Owns: finding them, and what is said of them. Must never: start anything, or take longer than [`ASK_TIME`] for a call.
 //!
 //! Rests on: systemd lists the units in memory; a unit that listens or runs is there, the times of one that is not are
-//! forgotten.
+//! forgotten. Units that are asked for by their names are loaded; names that no unit can have are left out.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -146,6 +146,24 @@ fn instances(units: Vec<Listed>) -> Vec<Instance> {
     all
 }
 
+impl Facts {
+    /// The unit that gives the state: one of drowse's if it failed, else the backend.
+    fn origin(&self) -> String {
+        let name = &self.instance.name;
+        match (self.instance.socket_state(), self.instance.service_state()) {
+            ("failed", _) => format!("drowse@{name}.socket"),
+            (_, "failed") => format!("drowse@{name}.service"),
+            _ => self.unit.clone(),
+        }
+    }
+}
+
+/// Whether `name` is that of `unit`, with or without `.service`.
+#[must_use]
+pub fn is_unit(unit: &str, name: &str) -> bool {
+    unit == name || unit.strip_suffix(".service") == Some(name)
+}
+
 /// What systemd says of a service, and what was kept of it.
 #[derive(Clone, Debug)]
 struct Facts {
@@ -153,9 +171,13 @@ struct Facts {
     unit: String,
     backend: String,
     plane: String,
-    /// The backend; nothing if it is not in memory, so that it does not run.
+    /// They are of the user's manager.
+    user: bool,
+    /// The backend; nothing if systemd does not know it.
     listed: Option<Listed>,
-    /// When the backend came to its state.
+    /// The backend has been in memory before it was asked for: only then it may have run.
+    is_in_memory: bool,
+    /// When the unit that gives the state came to its own.
     changed: Option<Monotonic>,
     /// When systemd began to listen.
     listening: Option<Monotonic>,
@@ -166,7 +188,8 @@ struct Facts {
 }
 
 impl Known {
-    /// What systemd says of those `wanted`, each with the reason why its drowse does not answer, if it should.
+    /// What systemd says of those `wanted`, each with the reason why its drowse does not answer, if it should. With a
+    /// `name` only of that service, or of the one in front of the unit of that name.
     ///
     /// # Errors
     /// systemd cannot be asked any more.
@@ -174,28 +197,35 @@ impl Known {
         &self,
         wanted: Vec<(Instance, Option<Silence>)>,
         directory: &Path,
+        name: Option<&str>,
     ) -> Result<Vec<Snapshot>, Failure> {
         let mut all: Vec<Facts> =
             wanted.into_iter().map(|(instance, silence)| self.read(instance, silence, directory)).collect();
-        let names: Vec<String> = all
-            .iter()
-            .map(|facts| &facts.unit)
-            .filter(|unit| check_unit_name(unit).is_ok())
-            .cloned()
-            .collect();
-        // To load many units takes longer than all the rest: only one alone is looked at so closely.
-        let listed = if names.len() == 1 {
-            self.manager.units(&names).await?
-        } else {
-            let patterns: Vec<String> = names.iter().map(|name| name.replace('\\', r"\\")).collect();
-            self.manager.matching(&patterns).await?
-        };
-        for facts in &mut all {
-            facts.listed = listed.iter().find(|unit| unit.id == facts.unit || names.len() == 1).cloned();
-        }
+        all.retain(|facts| name.is_none_or(|name| facts.instance.name == name || is_unit(&facts.unit, name)));
+        self.list(&mut all).await?;
         join_all(all.iter_mut().map(|facts| self.ask(facts))).await;
         let (now, wall) = (clock::now(), clock::wall());
         Ok(all.iter().map(|facts| snapshot(facts, now, wall)).collect())
+    }
+
+    /// Looks at the backends. One that is not in memory is loaded: whether it can be started is in its file.
+    async fn list(&self, all: &mut [Facts]) -> Result<(), Failure> {
+        let mut units: Vec<String> = all.iter().map(|facts| facts.unit.clone()).collect();
+        units.retain(|unit| check_unit_name(unit).is_ok());
+        let patterns: Vec<String> = units.iter().map(|unit| unit.replace('\\', r"\\")).collect();
+        let in_memory = if units.is_empty() { vec![] } else { self.manager.matching(&patterns).await? };
+        units.retain(|unit| in_memory.iter().all(|one| one.id != *unit));
+        let loaded = if units.is_empty() { vec![] } else { self.manager.units(&units).await? };
+        // One that was asked for by an alias is listed by its own name, in its place, and one that cannot be is left out.
+        let is_whole = loaded.len() == units.len();
+        for facts in all {
+            let known = in_memory.iter().find(|one| one.id == facts.unit);
+            let place = units.iter().position(|unit| is_whole && *unit == facts.unit);
+            let loaded =
+                loaded.iter().find(|one| one.id == facts.unit).or(place.and_then(|at| loaded.get(at)));
+            (facts.is_in_memory, facts.listed) = (known.is_some(), known.or(loaded).cloned());
+        }
+        Ok(())
     }
 
     fn read(&self, instance: Instance, silence: Option<Silence>, directory: &Path) -> Facts {
@@ -207,7 +237,9 @@ impl Known {
             plane: variable(&conf, "DROWSE_PLANE")
                 .filter(|plane| plane == "copy")
                 .unwrap_or_else(|| "splice".into()),
+            user: self.place.bus == Bus::User,
             listed: None,
+            is_in_memory: false,
             changed: None,
             listening: None,
             result: String::new(),
@@ -219,27 +251,22 @@ impl Known {
 
     /// Asks what is needed of one. What is not answered is unknown.
     async fn ask(&self, facts: &mut Facts) {
-        let Instance { name, .. } = &facts.instance;
-        if facts.listed.is_some() {
-            facts.changed =
-                self.manager.time(&facts.unit, "StateChangeTimestampMonotonic").await.unwrap_or(None);
+        let (origin, state) = (facts.origin(), state(facts).0);
+        // A backend that never ran has no times, and to ask for them would load it once more.
+        if origin != facts.unit || facts.is_in_memory {
+            facts.changed = self.manager.time(&origin, "StateChangeTimestampMonotonic").await.unwrap_or(None);
         }
         let is_told = facts.changed.is_some()
             || facts.remembered.as_ref().is_some_and(|remembered| remembered.asleep_since_s.is_some());
-        if !is_told {
-            let socket = format!("drowse@{name}.socket");
+        if state == StateName::Asleep && !is_told {
+            let socket = format!("drowse@{}.socket", facts.instance.name);
             facts.listening =
                 self.manager.time(&socket, "ActiveEnterTimestampMonotonic").await.unwrap_or(None);
         }
-        let backend_failed = facts.listed.as_ref().is_some_and(|unit| unit.active_state == "failed");
-        let failed = match (facts.instance.socket_state(), facts.instance.service_state()) {
-            ("failed", _) => format!("drowse@{name}.socket"),
-            (_, "failed") => format!("drowse@{name}.service"),
-            _ if backend_failed => facts.unit.clone(),
-            _ => return,
-        };
-        let properties = self.manager.properties(&failed).await;
-        facts.result = properties.map(|properties| properties.text("Result")).unwrap_or_default();
+        if state == StateName::Failed {
+            let properties = self.manager.properties(&origin).await;
+            facts.result = properties.map(|properties| properties.text("Result")).unwrap_or_default();
+        }
     }
 }
 
@@ -249,7 +276,7 @@ fn snapshot(facts: &Facts, now: Monotonic, wall: Wall) -> Snapshot {
     let unix = |at_s: i64| Duration::from_secs(wall.unix_s.saturating_sub(at_s).try_into().unwrap_or(0));
     let changed = facts.changed.map(past);
     let fell_asleep = facts.remembered.as_ref().and_then(|known| known.asleep_since_s).map(unix);
-    let since = changed.or(fell_asleep).or(facts.listening.map(past)).unwrap_or_default();
+    let asleep = fell_asleep.or(facts.listening.map(past)).filter(|_| state == StateName::Asleep);
     // Somebody else may have run it since.
     let is_last = match (changed, fell_asleep) {
         (Some(changed), Some(asleep)) => changed.abs_diff(asleep) <= CLOCKS_APART,
@@ -265,7 +292,7 @@ fn snapshot(facts: &Facts, now: Monotonic, wall: Wall) -> Snapshot {
         pid: 0,
         source: Source::Systemd,
         state,
-        since_s: seconds(since),
+        since_s: changed.or(asleep).map(seconds),
         line,
         held: 0,
         refused: Refused::default(),
@@ -295,18 +322,19 @@ fn state(facts: &Facts) -> (StateName, String) {
         "" | "success" => String::new(),
         result => format!(" (result {result})"),
     };
+    let user = if facts.user { "--user " } else { "" };
     let failed = |words: String| (StateName::Failed, format!("failed: {words}"));
     let drowse_runs =
         matches!(facts.instance.service_state(), "active" | "activating" | "reloading" | "deactivating");
     match (facts.instance.socket_state(), facts.instance.service_state()) {
         ("failed", _) => {
             return failed(format!(
-                "nobody listens, drowse@{name}.socket failed{result}; see: systemctl status drowse@{name}.socket"
+                "nobody listens, drowse@{name}.socket failed{result}; see: systemctl {user}status drowse@{name}.socket"
             ));
         }
         (_, "failed") => {
             return failed(format!(
-                "drowse itself does not start{result}; see: journalctl -u drowse@{name}.service"
+                "drowse itself does not start{result}; see: journalctl {user}-u drowse@{name}.service"
             ));
         }
         _ => {}
@@ -314,7 +342,7 @@ fn state(facts: &Facts) -> (StateName, String) {
     let active = facts.listed.as_ref().map_or("inactive", |unit| unit.active_state.as_str());
     let load = facts.listed.as_ref().map_or("loaded", |unit| unit.load_state.as_str());
     if load != "loaded" {
-        return failed(format!("{unit} cannot be started ({load}); see: systemctl status {unit}"));
+        return failed(format!("{unit} cannot be started ({load}); see: systemctl {user}status {unit}"));
     }
     let state = match active {
         "active" | "reloading" | "refreshing" => StateName::Awake,
@@ -356,7 +384,9 @@ mod tests {
             unit: "web.service".into(),
             backend: ":8081".into(),
             plane: "splice".into(),
+            user: false,
             listed: Some(listed("web.service", backend)),
+            is_in_memory: true,
             changed: Some(Duration::from_secs(100)),
             listening: None,
             result: "exit-code".into(),
@@ -383,6 +413,17 @@ mod tests {
         assert_eq!((found[1].service_state(), found[0].service_state()), ("active", "inactive"));
         let waits = Listed { sub_state: "auto-restart".into(), ..listed("drowse@c.service", "activating") };
         assert_eq!(instances(vec![waits])[0].service_state(), "failed");
+    }
+
+    #[test]
+    fn the_state_has_one_origin() {
+        for (socket, service, origin) in [
+            ("failed", "failed", "drowse@web.socket"),
+            ("active", "failed", "drowse@web.service"),
+            ("active", "inactive", "web.service"),
+        ] {
+            assert_eq!(facts(socket, service, "failed").origin(), origin);
+        }
     }
 
     #[test]
@@ -429,6 +470,13 @@ mod tests {
             masked.line,
             "failed: web.service cannot be started (masked); see: systemctl status web.service"
         );
+        for (socket, service, says) in [
+            ("failed", "inactive", "systemctl --user status drowse@web.socket"),
+            ("active", "failed", "journalctl --user -u drowse@web.service"),
+        ] {
+            let users = told(&Facts { user: true, ..facts(socket, service, "inactive") });
+            assert!(users.line.ends_with(says), "{}", users.line);
+        }
         let unloaded = told(&Facts { listed: None, ..facts("active", "inactive", "inactive") });
         assert_eq!(unloaded.state, StateName::Asleep);
     }
@@ -444,13 +492,16 @@ mod tests {
         };
         let asleep = Facts { remembered: Some(remembered), ..facts("active", "inactive", "inactive") };
         let snapshot = told(&asleep);
-        assert!((snapshot.since_s - 60.0).abs() < 1e-9);
+        assert_eq!(snapshot.since_s, Some(60.0));
         assert_eq!(snapshot.memory_saved_bytes, Some(5 << 20));
         assert_eq!(snapshot.last_activation, Some(Activation { took_s: 0.25, ago_s: 100.0 }));
         assert_eq!(snapshot.today.map(|today| today.activations), Some(2));
         let since = Facts { changed: Some(Duration::from_secs(150)), ..asleep.clone() };
         assert_eq!(told(&since).memory_saved_bytes, None);
-        let forgotten = told(&Facts { changed: None, ..asleep });
-        assert!((forgotten.since_s - 60.0).abs() < 1e-9 && forgotten.memory_saved_bytes.is_some());
+        let forgotten = told(&Facts { changed: None, ..asleep.clone() });
+        assert!(forgotten.since_s == Some(60.0) && forgotten.memory_saved_bytes.is_some());
+        let masked = Listed { load_state: "masked".into(), ..listed("web.service", "inactive") };
+        let masked = told(&Facts { changed: None, listed: Some(masked), ..asleep });
+        assert_eq!((masked.state, masked.since_s), (StateName::Failed, None), "made up");
     }
 }

@@ -43,7 +43,8 @@ pub struct Snapshot {
     /// The state of the backend.
     pub state: StateName,
     /// How long it has been in this state, in seconds. A settling that leads back to awake does not count as a change.
-    pub since_s: f64,
+    /// `null`: unknown, of what systemd says.
+    pub since_s: Option<f64>,
     /// The state in one line of plain words, as `systemctl status` shows it.
     pub line: String,
     /// Clients that are accepted and wait for the backend.
@@ -460,7 +461,7 @@ impl Snapshot {
             pid: std::process::id(),
             source: Source::Drowse,
             state: lifecycle.state().into(),
-            since_s: ago_s(lifecycle.since()),
+            since_s: Some(ago_s(lifecycle.since())),
             line: status_line(lifecycle, from.backend_name, totals, now),
             held: lifecycle.held(),
             refused: from.refused,
@@ -642,7 +643,7 @@ mod tests {
         let snapshot = service.at(s(280));
         assert_eq!(snapshot.idle.reasons, ["idle policy: idle in 12 min"]);
         assert_eq!(snapshot.idle.sleeps_in_s, Some(720.0));
-        assert!((snapshot.since_s - 180.0).abs() < 1e-9);
+        assert_eq!(snapshot.since_s, Some(180.0));
         assert_eq!(
             (snapshot.state, snapshot.line.as_str()),
             (StateName::Awake, "awake: no flow, idle in 12 min")

@@ -31,7 +31,7 @@ const LABEL_WIDTH: usize = 13;
 pub async fn status(args: &StatusArgs) -> anyhow::Result<Said> {
     let places = control::places(args.look.runtime_dir.as_deref());
     let Some(name) = &args.name else {
-        let (services, notes) = every_service(&places).await?;
+        let (services, notes) = every_service(&places, None).await?;
         let mut said = if args.look.json { all_as_json(&services)? } else { all(&services) };
         said.notes.extend(notes);
         return Ok(said);
@@ -41,7 +41,7 @@ pub async fn status(args: &StatusArgs) -> anyhow::Result<Said> {
     let mut services = control::ask_all(&directories, |found| found == file_name).await?;
     let mut notes = Vec::new();
     if services.iter().all(|service| service.answer.is_err()) {
-        (services, notes) = every_service(&places).await?;
+        (services, notes) = every_service(&places, Some(name)).await?;
         services.retain(|service| match &service.answer {
             Ok(snapshot) => snapshot.name == *name || has_unit(snapshot, name),
             Err(_) => service.file_name == file_name,
@@ -61,23 +61,23 @@ pub async fn status(args: &StatusArgs) -> anyhow::Result<Said> {
 }
 
 /// All services, and what stood in the way of a whole answer: those that answer themselves, and of the others what
-/// systemd says.
-async fn every_service(places: &[Place]) -> anyhow::Result<(Vec<Service>, Vec<String>)> {
+/// systemd says, if there is a `name` only of that one.
+async fn every_service(places: &[Place], name: Option<&str>) -> anyhow::Result<(Vec<Service>, Vec<String>)> {
     let (mut all, mut notes) = (Vec::new(), Vec::new());
-    for (services, note) in try_join_all(places.iter().map(services_of)).await? {
+    for (services, note) in try_join_all(places.iter().map(|place| services_of(place, name))).await? {
         all.extend(services);
         notes.extend(note);
     }
     Ok((all, notes))
 }
 
-async fn services_of(place: &Place) -> anyhow::Result<(Vec<Service>, Option<String>)> {
+async fn services_of(place: &Place, name: Option<&str>) -> anyhow::Result<(Vec<Service>, Option<String>)> {
     let sockets = control::ask_all(std::slice::from_ref(&place.directory), |_| true);
     let Some(manager) = &place.manager else { return Ok((sockets.await?, None)) };
     let (services, known) = tokio::join!(sockets, sleepers::known(manager));
     let mut services = services?;
     let told = match known {
-        Ok(Some(known)) => tell(&known, &mut services, &place.directory).await,
+        Ok(Some(known)) => tell(&known, &mut services, &place.directory, name).await,
         Ok(None) => Ok(()),
         Err(failure) => Err(failure),
     };
@@ -89,7 +89,12 @@ async fn services_of(place: &Place) -> anyhow::Result<(Vec<Service>, Option<Stri
 }
 
 /// Adds what systemd says of those that do not answer by themselves.
-async fn tell(known: &Known, services: &mut Vec<Service>, directory: &Path) -> Result<(), Failure> {
+async fn tell(
+    known: &Known,
+    services: &mut Vec<Service>,
+    directory: &Path,
+    name: Option<&str>,
+) -> Result<(), Failure> {
     let mut wanted = Vec::new();
     for instance in &known.instances {
         let Ok(file_name) = pin_name(&instance.name) else { continue };
@@ -102,7 +107,7 @@ async fn tell(known: &Known, services: &mut Vec<Service>, directory: &Path) -> R
     if wanted.is_empty() {
         return Ok(());
     }
-    for snapshot in known.tell(wanted, directory).await? {
+    for snapshot in known.tell(wanted, directory, name).await? {
         let Ok(file_name) = pin_name(&snapshot.name) else { continue };
         services.retain(|service| service.file_name != file_name);
         services.push(Service { file_name, answer: Ok(snapshot) });
@@ -112,8 +117,7 @@ async fn tell(known: &Known, services: &mut Vec<Service>, directory: &Path) -> R
 
 /// Whether `name` is the service's unit, with or without `.service`.
 fn has_unit(snapshot: &Snapshot, name: &str) -> bool {
-    let unit = snapshot.unit.as_deref();
-    unit.is_some_and(|unit| unit == name || unit.strip_suffix(".service") == Some(name))
+    snapshot.unit.as_deref().is_some_and(|unit| sleepers::is_unit(unit, name))
 }
 
 fn unknown(name: &str) -> Said {
@@ -166,7 +170,7 @@ fn row(service: &Service) -> Vec<String> {
             vec![
                 name,
                 snapshot.state.word().to_owned(),
-                elapsed_s(snapshot.since_s),
+                snapshot.since_s.map_or_else(unknown, elapsed_s),
                 memory_in_short(snapshot),
                 snapshot.last_activation.map_or_else(unknown, |last| {
                     format!("{:.3} s, {} ago", last.took_s, elapsed_s(last.ago_s))
@@ -248,7 +252,7 @@ fn whole(snapshot: &Snapshot) -> String {
     } else {
         say("drowse", "does not answer: all this is from systemd and from what it left".to_owned());
     }
-    say("state", format!("{} for {}", snapshot.state.word(), elapsed_s(snapshot.since_s)));
+    say("state", lasts(snapshot));
     for (number, reason) in snapshot.idle.reasons.iter().enumerate() {
         say(if number == 0 { "why awake" } else { "" }, reason.clone());
     }
@@ -292,6 +296,12 @@ fn refused(refused: Refused) -> String {
         none if none.is_empty() => none,
         some => format!("; refused since the start of drowse: {some}"),
     }
+}
+
+/// The state, and for how long, if that is known: `awake for 2 min`.
+pub(super) fn lasts(snapshot: &Snapshot) -> String {
+    let since = snapshot.since_s.map_or_else(String::new, |since_s| format!(" for {}", elapsed_s(since_s)));
+    format!("{}{since}", snapshot.state.word())
 }
 
 pub(super) fn wake_ups(snapshot: &Snapshot) -> String {
@@ -345,7 +355,7 @@ pub(super) mod tests {
             pid: 4711,
             source: Source::Drowse,
             state: StateName::Awake,
-            since_s: 170.5,
+            since_s: Some(170.5),
             line: "awake: 2 flows".into(),
             held: 0,
             refused: Refused { may_not_wake: 12, too_many_of_source: 3 },
@@ -392,6 +402,7 @@ pub(super) mod tests {
         let mut sleeper = asleep.clone();
         (sleeper.name, sleeper.source) = ("sleeper".into(), Source::Systemd);
         (sleeper.today, sleeper.last_activation, sleeper.memory_saved_bytes) = (None, None, None);
+        sleeper.since_s = None;
         sleeper.line = "asleep: systemd holds the socket".into();
         let services = [
             service(Ok(asleep)),
@@ -404,7 +415,7 @@ pub(super) mod tests {
             NAME           STATE   SINCE  MEMORY         LAST WAKE           TODAY  FLOWS  HELD  PLANE   WHY\n\
             a-longer-name  asleep  2 min  saves 312 MiB  0.422 s, 2 min ago  2      0      0     splice  the next connection wakes x.service\n\
             dice           awake   2 min  300 MiB        0.422 s, 2 min ago  2      2      0     splice  2 open flows, last used 3 s ago\n\
-            sleeper        asleep  2 min  -              -                   -      -      -     -       systemd holds the socket\n\
+            sleeper        asleep  -      -              -                   -      -      -     -       systemd holds the socket\n\
             dice_service   ?       -      -              -                   -      -      -     -       does not answer\n\
             dice_service   gone    -      -              -                   -      -      -     -       does not run: it was killed; its next start tidies up\n";
         assert_eq!(all(&services).answer, expected);

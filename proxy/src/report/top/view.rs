@@ -239,11 +239,7 @@ fn about(snapshot: &Snapshot) -> String {
         None => String::new(),
         Some(last) => format!("; {} failures, the last: {}", snapshot.failures_total, last.message),
     };
-    format!("{} for {}; {why}; wake-ups: {wake_ups}{failures}", snapshot.state.word(), since(snapshot))
-}
-
-fn since(snapshot: &Snapshot) -> String {
-    Duration::try_from_secs_f64(snapshot.since_s).map_or_else(|_no_time| "?".to_owned(), elapsed)
+    format!("{}; {why}; wake-ups: {wake_ups}{failures}", status::lasts(snapshot))
 }
 
 fn draw_flows(frame: &mut Frame<'_>, snapshot: &Snapshot, lines: &[FlowLine], area: Rect) {
