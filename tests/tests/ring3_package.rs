@@ -379,3 +379,52 @@ fn a_removal_leaves_backends_alone_and_a_purge_leaves_nothing() -> Result<()> {
         Ok(())
     })
 }
+
+/// `drowse enable` took away what starts the backend at boot, and nobody else knows: a removal gives it back, with a
+/// systemd that runs and in a chroot without one.
+#[test]
+fn a_removal_lets_backends_start_at_boot_again() -> Result<()> {
+    with_package(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        installation.unit(
+            "web",
+            "[Service]\nType=notify\nExecStart=/usr/bin/echo-backend 127.0.0.1:8081 --notify\n\
+             [Install]\nWantedBy=multi-user.target\nAlias=site.service\n",
+        )?;
+        systemd.systemctl(["enable", "web.service"])?;
+        let links = ["site.service", "multi-user.target.wants/web.service"]
+            .map(|link| systemd.path(&format!("/etc/systemd/system/{link}")));
+        let targets = || links.each_ref().map(|link| fs::read_link(link).ok());
+        let before = targets();
+        ensure!(before.iter().all(Option::is_some), "{before:?}");
+        // Its first line is not enable's: nobody may be surprised by what is in it.
+        let foreign = "# mine\n# To be restored: /etc/systemd/system/foreign.service -> /dev/null\n";
+        for remove in [
+            &["dpkg", "--remove", "drowse"][..],
+            &["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /run && dpkg --remove drowse"],
+        ] {
+            dpkg(systemd, "--install", PACKAGE)?;
+            systemd.call([
+                "drowse",
+                "enable",
+                "web",
+                "--listen",
+                "127.0.0.1:8080",
+                "--backend",
+                "127.0.0.1:8081",
+            ])?;
+            installation.configure("foreign", foreign)?;
+            ensure!(targets() == [None, None], "{:?}", targets());
+            let output = systemd.run(remove.iter().copied())?;
+            ensure!(output.status.success(), "{output:?}");
+            ensure!(targets() == before, "{:?}, and {output:?}", targets());
+            ensure!(fs::symlink_metadata(systemd.path("/etc/systemd/system/foreign.service")).is_err());
+            systemd.systemctl(["daemon-reload"])?;
+            ensure!(systemd.systemctl(["is-enabled", "web.service"])?.trim() == "enabled");
+            systemd.systemctl(["stop", "drowse@*", "web.service"])?;
+        }
+        dpkg(systemd, "--purge", "drowse")?;
+        ensure!(targets() == before, "{:?}", targets());
+        Ok(())
+    })
+}
