@@ -17,6 +17,7 @@ use procfs::process::{FDTarget, Process, all_processes};
 use socket2::{SockAddr, Socket, Type};
 
 use crate::address;
+use crate::report::text::printable;
 
 /// A process that listens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,12 +47,6 @@ impl Holder {
         let unit = self.innermost.as_ref().map(|unit| format!(", {unit}")).unwrap_or_default();
         printable(&format!("{} (process {}{unit})", self.program, self.pid))
     }
-}
-
-/// What others chose, for a terminal: it must not move the cursor, nor begin a line.
-#[must_use]
-pub fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 /// Whose systemd is asked: its units are those of its own cgroups alone.

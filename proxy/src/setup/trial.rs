@@ -10,7 +10,6 @@ use anyhow::Context as _;
 use socket2::{SockAddr, Socket, Type};
 use tokio::process::Command;
 
-use super::holders::printable;
 use super::{Ended, Names};
 use crate::activation::systemd::manager::Manager;
 use crate::address::{self, Address};
@@ -19,6 +18,7 @@ use crate::config::EnableArgs;
 use crate::ebpf::pin_name;
 use crate::report::control;
 use crate::report::snapshot::{Snapshot, StateName};
+use crate::report::text::printable;
 
 /// How often drowse is asked how far it is: nobody tells.
 const PAUSE: Duration = Duration::from_millis(20);
