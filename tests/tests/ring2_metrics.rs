@@ -32,20 +32,13 @@ fn port() -> u32 {
 
 fn run(options: &[&str]) -> Result<Drowse> {
     let backend = backend();
-    let words = [
-        "--listen",
-        PUBLIC,
-        "--backend",
-        &backend,
-        "--metrics",
-        METRICS,
-        "--plane",
-        "handoff",
-        "--name",
-        NAME,
-    ];
     let command = ["--", ECHO, "--behaviour", "whoami", &backend];
-    Drowse::run(&[&words[..], options, &command].concat())
+    Drowse::run(&[&words(&backend)[..], options, &command].concat())
+}
+
+/// Options that all have.
+fn words(backend: &str) -> [&str; 10] {
+    ["--listen", PUBLIC, "--backend", backend, "--metrics", METRICS, "--plane", "handoff", "--name", NAME]
 }
 
 /// A scrape for which the kernel has been asked anew: it is asked once a second.
@@ -201,24 +194,12 @@ fn no_counter_goes_back_when_flows_are_taken_up_from_a_killed_drowse() -> Result
     isolated(|| {
         let backend = backend();
         let served_by = drowse_tests::whoami::Backend::at(&backend)?;
-        let words = [
-            "--listen",
-            PUBLIC,
-            "--backend",
-            &backend,
-            "--metrics",
-            METRICS,
-            "--plane",
-            "handoff",
-            "--name",
-            NAME,
-        ];
-        let mut killed = Drowse::run(&words)?;
+        let mut killed = Drowse::run(&words(&backend))?;
         let _open = [handed_off(PUBLIC)?, handed_off(PUBLIC)?];
         let before = fresh_scrape()?.count("flows_total", &[HANDED_OFF])?;
         killed.signal(rustix::process::Signal::KILL)?;
         killed.wait_for_exit()?;
-        let _next = Drowse::run(&words)?;
+        let _next = Drowse::run(&words(&backend))?;
         let mut last = std::collections::BTreeMap::new();
         eventually("the flows to be taken up", SOON, || {
             let scrape = Scrape::of(METRICS)?;

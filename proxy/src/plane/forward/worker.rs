@@ -245,22 +245,16 @@ impl<'a> Table<'a> {
 #[cfg(test)]
 mod tests {
     use std::io::{ErrorKind, Read as _};
-    use std::net::{TcpListener, TcpStream};
     use std::sync::mpsc;
 
     use rustix::event::{EventfdFlags, eventfd};
 
     use super::super::flow::Ticket;
+    use super::super::tests::tcp_pair;
     use super::*;
     use crate::accounting::Accounting;
     use crate::admission::Seat;
     use crate::plane::Flow;
-
-    fn tcp_pair() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        (near, listener.accept().unwrap().0)
-    }
 
     #[test]
     fn a_reset_that_was_asked_for_comes_before_the_backends_end() {
