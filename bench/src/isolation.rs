@@ -1,6 +1,7 @@
-//! A network of the benchmark's own.
+//! A network of the benchmark's own, and a BPF file system.
 //!
-//! Owns: entering a fresh network namespace and its settings. Must never: change a setting of the host's network.
+//! Owns: entering a fresh network namespace and its settings. Must never: change a setting of the host's network, or leave
+//! a pin behind: hand-off needs a BPF file system, and not every machine has one mounted.
 //! In a fresh network namespace only `lo` exists, down, and `net.ipv4.tcp_congestion_control` is the namespace's own.
 //! Pacing congestion controls (bbr) throttle even the loopback, which hides the proxy behind the pacing.
 //! A socket belongs to the network namespace of the thread that made it (`network_namespaces(7)`), so a remote client
@@ -18,6 +19,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::mount::{MountFlags, mount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::process::{self, Running, readable_within};
@@ -30,7 +32,7 @@ const CONGESTION_CONTROL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Network {
-    /// A network namespace made for this run.
+    /// A network namespace made for this run, with a mount namespace.
     Namespace,
     /// A network namespace made for this run inside a user namespace, without root.
     UserNamespace,
@@ -42,7 +44,7 @@ impl Network {
     /// The options of `unshare` for this network; none for the host's.
     fn unshare_options(self) -> &'static [&'static str] {
         match self {
-            Self::Namespace => &["--net"],
+            Self::Namespace => &["--net", "--mount"],
             Self::UserNamespace => &["--user", "--map-root-user", "--net"],
             Self::Host => &[],
         }
@@ -75,8 +77,16 @@ pub fn start_again_isolated(option: &str) -> Result<std::convert::Infallible> {
 /// Prepares the network that this program was started again in, and returns its congestion control.
 ///
 /// # Errors
-/// When the loopback cannot be brought up or the congestion control cannot be set or read.
+/// When the loopback cannot be brought up, the congestion control cannot be set or read, or a BPF file system cannot be
+/// mounted.
 pub fn prepare(network: Network) -> Result<String> {
+    if network == Network::Namespace {
+        mount("bpf", "/sys/fs/bpf", "bpf", MountFlags::empty(), None).context("mount a BPF file system")?;
+    }
+    prepare_loopback(network)
+}
+
+fn prepare_loopback(network: Network) -> Result<String> {
     if network != Network::Host {
         ip(&["link", "set", "lo", "up"]).context("bring up the loopback of the namespace")?;
         fs::write(CONGESTION_CONTROL, "reno").context("set reno as the namespace's congestion control")?;
@@ -119,7 +129,7 @@ impl Remote {
         ip(&["link", "add", near, "type", "veth", "peer", "name", far, "netns", &pid])?;
         set_up(near, Self::PROXY)?;
         remote.run(|| {
-            prepare(network)?;
+            prepare_loopback(network)?;
             set_up(far, Self::CLIENT)
         })?;
         Ok(remote)
