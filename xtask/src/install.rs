@@ -35,7 +35,7 @@ const PEERS: [(&str, &str, &str); 4] = [
 /// Services that come with packages. We need the programs only.
 const SERVICES: [&str; 3] = ["haproxy.service", "nginx.service", "prometheus.service"];
 
-/// Tools from crates.io: package, version, program.
+/// Tools that cargo installs: package, version, program.
 const CARGO_TOOLS: [(&str, &str, &str); 2] =
     [("cargo-nextest", "0.9.143", "cargo-nextest"), ("cargo-deny", "0.20.2", "cargo-deny")];
 
