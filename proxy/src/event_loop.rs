@@ -29,7 +29,7 @@ use crate::busy;
 use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, ReadyProbe, RunArgs};
 use crate::idle::IdlePolicy;
-use crate::kernel::{self, Kernel};
+use crate::kernel::{self, Kernel, LOOK_PAUSE};
 use crate::lifecycle::{Command, Event, Lifecycle, Ownership, State};
 use crate::listener::{Accepted, Listeners, Passed, SEAL_TIME};
 use crate::pairing::{self, Gate, Outcome};
@@ -49,8 +49,6 @@ use crate::report::tell;
 
 /// What the service manager's own stop timeout may take beyond ours.
 const STOP_MARGIN: Duration = Duration::from_secs(15);
-/// The shortest time between two looks at the backend's memory for somebody who asks.
-const MEMORY_PAUSE: Duration = Duration::from_millis(800);
 
 /// How many of those who wait in a backlog are refused in one go: as many as one holds by default
 /// (`net.core.somaxconn`).
@@ -695,7 +693,7 @@ impl EventLoop {
     fn memory(&mut self) -> Option<u64> {
         let driver = self.driver.as_ref().filter(|_| self.lifecycle.is_awake())?;
         let now = clock::now();
-        if self.memory.is_none_or(|(at, _)| now.saturating_sub(at) >= MEMORY_PAUSE) {
+        if self.memory.is_none_or(|(at, _)| now.saturating_sub(at) >= LOOK_PAUSE) {
             self.memory = Some((now, driver.memory()));
         }
         self.memory.and_then(|(_, bytes)| bytes)

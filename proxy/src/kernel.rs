@@ -36,9 +36,9 @@ const SEARCH_PAUSE: Duration = Duration::from_secs(1);
 
 /// Longer than it takes to deal with a packet that has come.
 const PACKET_TIME: Duration = Duration::from_millis(50);
-/// The shortest time between two inspections for somebody who looks. A little less than
-/// `drowse top` waits between two looks, so that each gets one.
-const LOOK_PAUSE: Duration = Duration::from_millis(800);
+/// The shortest time between two inspections, or two looks at the backend's memory, for somebody who asks. A little less
+/// than `drowse top` waits between two looks, so that each gets one.
+pub const LOOK_PAUSE: Duration = Duration::from_millis(800);
 
 /// What the kernel has to tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

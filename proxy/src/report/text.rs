@@ -96,11 +96,13 @@ pub fn memory(bytes: u64) -> String {
         (tenths, unit) = (tenths / 1024, unit + 1);
     }
     let unit = UNITS.get(unit).copied().unwrap_or_default();
-    if tenths < 100 {
-        format!("{}.{} {unit}", tenths / 10, tenths % 10)
-    } else {
-        format!("{} {unit}", tenths / 10)
-    }
+    format!("{} {unit}", two_digits(tenths.into()))
+}
+
+/// A number given in tenths, with two digits at least, rounded down: `5.4`, `312`.
+#[must_use]
+pub fn two_digits(tenths: u128) -> String {
+    if tenths < 100 { format!("{}.{}", tenths / 10, tenths % 10) } else { (tenths / 10).to_string() }
 }
 
 #[cfg(test)]

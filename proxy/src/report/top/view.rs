@@ -14,7 +14,7 @@ use ratatui::widgets::{Cell, Paragraph, Row, Table, TableState, Wrap};
 use crate::report::snapshot::{Snapshot, StateName};
 use crate::report::status;
 use crate::report::status_line::rough;
-use crate::report::text::{elapsed, printable};
+use crate::report::text::{elapsed, printable, two_digits};
 use crate::report::top::model::{FlowLine, Model, Rates, Sort, Watched, open_flows};
 
 /// Lines of the pane of one service above its flows.
@@ -300,12 +300,7 @@ fn bytes(count: u64) -> String {
     else {
         return count.to_string();
     };
-    let tenths = (u128::from(count) * 10) >> (10 * unit);
-    if tenths < 100 {
-        format!("{}.{}{letter}", tenths / 10, tenths % 10)
-    } else {
-        format!("{}{letter}", tenths / 10)
-    }
+    format!("{}{letter}", two_digits((u128::from(count) * 10) >> (10 * unit)))
 }
 
 #[cfg(test)]
