@@ -74,6 +74,8 @@ fn a_killed_backend_ends_its_flows_and_wakes_again() -> Result<()> {
         let killed = systemd.property("echo.service", "InvocationID")?;
         systemd.systemctl(["kill", "--signal=KILL", "echo.service"])?;
         was_reset(&flow).context("the flow ends with its backend")?;
+        // Before that its listener may still be there: the kernel resets who it took in and nobody accepted.
+        systemd.wait_until_property("echo.service", "ActiveState", "failed", SOON)?;
         installation.ask()?;
         ensure!(systemd.property("echo.service", "InvocationID")? != killed, "it was started anew");
 
