@@ -13,12 +13,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use hdrhistogram::Histogram;
 
+use crate::carriers::wait_until_carried;
 use crate::costs::Counters;
 pub use crate::costs::Work;
 use crate::cpus::{Layout, started_on};
 use crate::isolation::Remote;
 use crate::owners::{check_handed_off, wait_until_handed_off};
-use crate::peers::{Peer, Started, Wanted};
+use crate::peers::{Peer, Plane, Started, Wanted};
 use crate::process::{self, Running, readable_within};
 use crate::report::{Better, Latency, Measurement};
 use crate::stats::Summary;
@@ -33,8 +34,8 @@ pub mod startup;
 
 /// A backend that takes longer than this beyond its own delay has failed.
 const LISTEN_WITHIN: Duration = Duration::from_secs(10);
-/// Why this user has no peer that hands off.
-const NEEDS_ROOT: &str = "handing connections off needs root";
+/// Why this user has no peer with eBPF programs.
+const NEEDS_ROOT: &str = "its eBPF programs need root";
 
 /// How much is measured.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +44,9 @@ pub struct Sizes {
     pub warm_up_time: Duration,
     /// While a load counts.
     pub measured_time: Duration,
+    /// While a load at a fixed rate counts: long enough that a few stalls of some milliseconds, which any other work on
+    /// the machine makes, are less than one request in a hundred.
+    pub paced_time: Duration,
     /// Bytes of a bulk transfer, in each direction.
     pub bulk_bytes: u64,
     /// Bytes that a client asks for and does not read for a while: more than the sockets on the way hold.
@@ -64,6 +68,7 @@ impl Sizes {
     pub const FULL: Self = Self {
         warm_up_time: Duration::from_millis(150),
         measured_time: Duration::from_millis(800),
+        paced_time: Duration::from_secs(2),
         bulk_bytes: 1 << 30,
         slow_bytes: 64 << 20,
         idle_flows: 9_000,
@@ -76,6 +81,7 @@ impl Sizes {
     pub const QUICK: Self = Self {
         warm_up_time: Duration::from_millis(20),
         measured_time: Duration::from_millis(100),
+        paced_time: Duration::from_millis(100),
         bulk_bytes: 32 << 20,
         slow_bytes: 32 << 20,
         idle_flows: 300,
@@ -277,7 +283,7 @@ impl Setting {
 
     /// Starts a backend on a free port and `peer` in front of it, shows that bytes pass, and has `measure` put a load
     /// on them. What the load cost is added to the sample's details, if that says how much work it was. A peer that
-    /// hands off is shown to do so before the load and after it.
+    /// hands off, or has a plane to use, is shown to do so before the load and after it.
     ///
     /// # Errors
     /// When one of them does not start, or `measure` fails. [`Unavailable`] when `peer` cannot hold `flows` flows.
@@ -317,12 +323,13 @@ impl Setting {
             pattern: &self.pattern,
             has_process_for_each_flow: peer.has_process_for_each_flow(),
             handed_off_to: peer.hands_off().then(|| backend.pid()),
+            carried_by: peer.forwards_by(),
         }
     }
 
     /// Starts a backend and `peer` in front of it, both at `ip`.
     fn start(&self, ip: IpAddr, peer: &dyn Peer, flows: usize) -> Result<(Backend, Started)> {
-        if peer.hands_off() && !self.may_load_ebpf {
+        if peer.needs_ebpf() && !self.may_load_ebpf {
             bail!(Unavailable(NEEDS_ROOT));
         }
         if flows > peer.flows_max(self.files_max) {
@@ -365,6 +372,8 @@ struct Way<'a> {
     has_process_for_each_flow: bool,
     /// The backend's process, when it must hold its clients' connections itself.
     handed_off_to: Option<u32>,
+    /// The plane of drowse that must move the bytes.
+    carried_by: Option<Plane>,
 }
 
 impl Way<'_> {
@@ -375,6 +384,9 @@ impl Way<'_> {
         if let Some(backend) = self.handed_off_to {
             wait_until_handed_off(address, backend, self.pattern)?;
         }
+        if let Some(plane) = self.carried_by {
+            wait_until_carried(started, plane, self.pattern).context("before the load")?;
+        }
         let counters = || Counters::now(started.process.as_ref(), self.has_process_for_each_flow);
         let before = counters()?;
         let mut sample = measure(started)?;
@@ -383,6 +395,9 @@ impl Way<'_> {
         }
         if let Some(backend) = self.handed_off_to {
             check_handed_off(address, backend, self.pattern)?;
+        }
+        if let Some(plane) = self.carried_by {
+            wait_until_carried(started, plane, self.pattern).context("after the load")?;
         }
         Ok(sample)
     }

@@ -2,11 +2,12 @@
 //! [`isolation`] -> [`cpus`] -> [`peers`] -> [`cases`] -> [`report`] -> [`plot`] -> [`bars`].
 //!
 //! [`client`] and [`backend`] are the two ends of every measurement and speak [`wire`]; [`process`] owns all children,
-//! [`costs`] what they take of the machine, [`owners`] who holds a connection, and [`stats`] the rules by which rounds
-//! become figures.
+//! [`costs`] what they take of the machine, [`owners`] who holds a connection, [`carriers`] which plane moves its bytes,
+//! and [`stats`] the rules by which rounds become figures.
 
 pub mod backend;
 pub mod bars;
+pub mod carriers;
 pub mod cases;
 pub mod client;
 pub mod costs;

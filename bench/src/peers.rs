@@ -74,10 +74,16 @@ pub struct Started {
     /// The proxy's process; none for a direct connection.
     pub process: Option<Running>,
     /// The proxy's files, kept until its process is gone.
-    _directory: Option<TempDir>,
+    directory: Option<TempDir>,
 }
 
 impl Started {
+    /// Where the proxy's own files are, if it has any: of drowse its status socket.
+    #[must_use]
+    pub fn directory(&self) -> Option<&Path> {
+        self.directory.as_ref().map(TempDir::path)
+    }
+
     /// Adds what the proxy said last to an error of its clients.
     ///
     /// # Errors
@@ -122,19 +128,39 @@ pub trait Peer {
         false
     }
 
+    /// Whether it must load eBPF programs, for which a user needs root.
+    fn needs_ebpf(&self) -> bool {
+        false
+    }
+
+    /// The plane of drowse that must carry the connections of its clients; a measurement without that is an error.
+    fn forwards_by(&self) -> Option<Plane> {
+        None
+    }
+
     /// Starts it.
     ///
     /// # Errors
     /// When it does not start; [`crate::cases::Unavailable`] when it is not installed.
     fn start(&self, wanted: &Wanted<'_>) -> Result<Started> {
-        let (listener, address) = wanted.listener()?;
-        let line = self.command_line(wanted);
-        let (program, arguments) = line.split_first().context("find the proxy's program")?;
-        let mut command = socket_activated(program, listener);
-        command.args(arguments);
-        let process = started_on(&wanted.layout.proxy, || Running::start(self.name(), command))?;
-        Ok(Started { address, process: Some(process), _directory: None })
+        start_activated(self, wanted, |_| {})
     }
+}
+
+/// Starts `peer` with its command line and a listening socket, as `set_up` leaves the command.
+fn start_activated(
+    peer: &(impl Peer + ?Sized),
+    wanted: &Wanted<'_>,
+    set_up: impl FnOnce(&mut Command),
+) -> Result<Started> {
+    let (listener, address) = wanted.listener()?;
+    let line = peer.command_line(wanted);
+    let (program, arguments) = line.split_first().context("find the proxy's program")?;
+    let mut command = socket_activated(program, listener);
+    command.args(arguments);
+    set_up(&mut command);
+    let process = started_on(&wanted.layout.proxy, || Running::start(peer.name(), command))?;
+    Ok(Started { address, process: Some(process), directory: None })
 }
 
 /// No proxy: the limit.
@@ -159,7 +185,7 @@ impl Peer for Direct {
     }
 
     fn start(&self, wanted: &Wanted<'_>) -> Result<Started> {
-        Ok(Started { address: wanted.backend, process: None, _directory: None })
+        Ok(Started { address: wanted.backend, process: None, directory: None })
     }
 }
 
@@ -215,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn hand_off_has_a_name_of_its_own_and_no_limit_of_connections() {
+    fn a_plane_of_the_kernel_has_a_name_of_its_own_and_hand_off_no_limit_of_connections() {
         let layout = Layout { client: vec![0], proxy: vec![0, 1], backend: vec![1] };
         let line = |plane, port: u16, variant: &[&str]| {
             let variant = variant.iter().map(|option| (*option).to_owned()).collect();
@@ -229,7 +255,16 @@ mod tests {
         assert!(!first.contains("--connections-max") && first.contains("--name="), "{first}");
         let named = |line: &str| line.split(' ').find(|word| word.starts_with("--name=")).map(str::to_owned);
         assert_ne!(named(&first), named(&line(Plane::Handoff, 82, &[]).1));
-        assert!(line(Plane::Splice, 81, &[]).1.ends_with("--connections-max=8"));
+        let (_, spliced) = line(Plane::Splice, 81, &[]);
+        assert!(spliced.ends_with("--connections-max=8") && named(&spliced).is_none(), "{spliced}");
+        for (plane, name) in [(Plane::Sockmap, "drowse-sockmap"), (Plane::SockmapEnds, "drowse-sockmap-ends")]
+        {
+            let (peer, line) = line(plane, 81, &[]);
+            let option = name.replace("drowse-", "--plane=");
+            assert_eq!(peer, name);
+            assert!(line.split(' ').any(|word| word == option), "{line}");
+            assert!(line.ends_with("--connections-max=8") && named(&line) == named(&first), "{line}");
+        }
         let variant = line(Plane::Handoff, 81, &["--a=1", "--b"]);
         assert_eq!(variant, ("drowse-handoff-variant", format!("{first} --a=1 --b")));
     }

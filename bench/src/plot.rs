@@ -32,7 +32,7 @@ const GREY: RGBColor = RGBColor(107, 114, 128);
 const GRID: RGBColor = RGBColor(229, 231, 235);
 
 /// Colours that can be told apart also by most colour-blind readers, by the beginning of a peer's name; drowse is red.
-const COLOURS: [(&str, RGBColor); 11] = [
+const COLOURS: [(&str, RGBColor); 12] = [
     (DIRECT, RGBColor(156, 163, 175)),
     ("systemd-socket-proxyd", RGBColor(217, 119, 6)),
     ("haproxy", RGBColor(37, 99, 235)),
@@ -40,6 +40,7 @@ const COLOURS: [(&str, RGBColor); 11] = [
     ("socat", RGBColor(124, 58, 237)),
     ("drowse-splice", RGBColor(190, 18, 60)),
     ("drowse-copy", RGBColor(251, 113, 133)),
+    ("drowse-sockmap-ends", RGBColor(217, 70, 239)),
     ("drowse-sockmap", RGBColor(112, 26, 117)),
     ("drowse-ebpf", RGBColor(190, 18, 60)),
     ("drowse-no-ebpf", RGBColor(251, 113, 133)),

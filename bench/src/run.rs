@@ -20,6 +20,7 @@ use crate::report::{Machine, PeerFacts, Report, SCHEMA, markdown, readme};
 use crate::wire::Pattern;
 
 const ROUNDS: usize = 5;
+const DEFAULT_PLANES: [&str; 5] = ["handoff", "sockmap", "sockmap-ends", "splice", "copy"];
 const ROUNDS_MAX: usize = 1000;
 const SOCKET_PROXYD: [&str; 2] =
     ["/usr/lib/systemd/systemd-socket-proxyd", "/lib/systemd/systemd-socket-proxyd"];
@@ -51,7 +52,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "CASE", value_delimiter = ',')]
     pub only: Vec<String>,
     /// drowse's planes to measure.
-    #[arg(long, value_name = "PLANE", value_delimiter = ',', default_values = ["handoff", "splice", "copy"])]
+    #[arg(long, value_name = "PLANE", value_delimiter = ',', default_values = DEFAULT_PLANES)]
     pub planes: Vec<Plane>,
     /// Measure each of these planes a second time, in the same rounds and as drowse-PLANE-variant, with this option of
     /// drowse; again for more options.
@@ -314,7 +315,7 @@ fn output_directory(args: &RunArgs) -> Result<PathBuf> {
     let whole = !args.quick
         && !args.no_drowse
         && args.only.is_empty()
-        && args.planes.len() >= 3
+        && args.planes.len() >= DEFAULT_PLANES.len()
         && args.variant_option.is_empty()
         && args.peers.len() >= 5;
     if whole {
@@ -436,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn a_smoke_test_can_be_neither_checked_nor_compared() {
+    fn a_smoke_test_can_be_neither_checked_nor_compared_and_lists_are_read() {
         assert!(parse(&["--quick", "--check"]).is_err());
         assert!(parse(&["--quick", "--compare", "other.json"]).is_err());
         assert!(parse(&["--quick", "--from", "other.json"]).is_err());
@@ -444,6 +445,7 @@ mod tests {
             parse(&["--variant-option=--a", "--variant-option", "--b=1"]).unwrap().variant_option,
             ["--a", "--b=1"]
         );
+        assert_eq!(parse(&[]).unwrap().planes, <Plane as clap::ValueEnum>::value_variants());
         assert_eq!(parse(&["--only", "request/64B,bulk"]).unwrap().only, ["request/64B", "bulk"]);
     }
 }

@@ -23,7 +23,9 @@ const KIB4: (&str, u64) = ("4KiB", 4 << 10);
 const SIZES: [(&str, u64); 6] =
     [B64, ("1KiB", 1 << 10), KIB4, ("16KiB", 16 << 10), ("64KiB", 64 << 10), ("256KiB", 256 << 10)];
 const SIZE_CONNECTIONS: usize = 8;
-const CONNECTIONS: [usize; 3] = [1, 32, 512];
+/// What is requested, over how many connections.
+const REQUESTS: [((&str, u64), usize); 6] =
+    [(B64, 1), (B64, 32), (B64, 256), (B64, 512), (KIB4, 1), (KIB4, 32)];
 const PACED_CONNECTIONS: usize = 32;
 const FRESH_AT_ONCE: usize = 8;
 
@@ -85,9 +87,7 @@ impl LoadCase {
 /// All of them, in the order of measuring.
 pub fn all(sizes: &Sizes) -> impl Iterator<Item = LoadCase> {
     let sizes = *sizes;
-    let requests = [B64, KIB4].into_iter().flat_map(move |len| {
-        CONNECTIONS.into_iter().map(move |connections| request(&sizes, len, connections))
-    });
+    let requests = REQUESTS.into_iter().map(move |(len, connections)| request(&sizes, len, connections));
     requests
         .chain([paced(&sizes), fresh(&sizes)])
         .chain(SIZES.into_iter().map(move |len| size(&sizes, len)))
@@ -125,15 +125,18 @@ fn paced(sizes: &Sizes) -> LoadCase {
             request_len: B64.1,
             requests_per_second: 20_000,
             warm_up_time: sizes.warm_up_time,
-            measured_time: sizes.measured_time,
+            measured_time: sizes.paced_time,
         }),
         unit: "us (p99)",
         better: Better::Lower,
         sample: |result| Sample {
-            value: p99_us(result.latency.as_ref()),
+            value: us(result.latency.as_ref(), |all| all.p99_us),
             details: vec![
                 ("achieved_per_second", result.per_second),
-                ("client_late_p99_us", p99_us(result.send_delay.as_ref())),
+                ("client_late_p99_us", us(result.send_delay.as_ref(), |all| all.p99_us)),
+                ("p50_us", us(result.latency.as_ref(), |all| all.p50_us)),
+                ("since_sent_p50_us", us(result.latency_since_sent.as_ref(), |all| all.p50_us)),
+                ("since_sent_p99_us", us(result.latency_since_sent.as_ref(), |all| all.p99_us)),
             ],
             latency: result.latency,
             work: None,
@@ -146,8 +149,8 @@ fn rate(result: LoadResult) -> Sample {
     Sample { value: result.per_second, latency: result.latency, details: Vec::new(), work: None }
 }
 
-fn p99_us(all: Option<&Histogram<u64>>) -> f64 {
-    all.map_or(0.0, |all| Latency::of(all).p99_us)
+fn us(all: Option<&Histogram<u64>>, pick: fn(&Latency) -> f64) -> f64 {
+    all.map_or(0.0, |all| pick(&Latency::of(all)))
 }
 
 /// A new connection for each request: `connect/LEN`.

@@ -69,6 +69,7 @@ impl BulkLoad {
             requests: 1,
             bytes: moved,
             latency: None,
+            latency_since_sent: None,
             send_delay: None,
         })
     }

@@ -71,6 +71,7 @@ impl RequestLoad {
             requests,
             bytes: 2 * requests * self.request_len,
             latency: Some(latency),
+            latency_since_sent: None,
             send_delay: None,
         })
     }

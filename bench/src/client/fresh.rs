@@ -80,6 +80,7 @@ impl FreshLoad {
             requests: all.requests,
             bytes: 2 * all.requests * self.request_len as u64,
             latency: Some(all.latency),
+            latency_since_sent: None,
             send_delay: None,
         })
     }

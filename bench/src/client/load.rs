@@ -50,6 +50,9 @@ pub struct LoadResult {
     /// Latencies in nanoseconds, where the load has them.
     #[serde(with = "buckets")]
     pub latency: Option<Histogram<u64>>,
+    /// The same from the moment at which the request was really sent, where it had another time to be sent.
+    #[serde(with = "buckets")]
+    pub latency_since_sent: Option<Histogram<u64>>,
     /// How late the client itself was with its requests, in nanoseconds, where they had a time to be sent. It is part
     /// of the latencies.
     #[serde(with = "buckets")]
@@ -175,8 +178,14 @@ mod tests {
         for value in [1, 999, 1_000, 123_456, 7_000_000_001, u64::MAX] {
             latency.saturating_record_n(value, 3);
         }
-        let result =
-            LoadResult { per_second: 0.1, requests: 6, bytes: 7, latency: Some(latency), send_delay: None };
+        let result = LoadResult {
+            per_second: 0.1,
+            requests: 6,
+            bytes: 7,
+            latency: Some(latency.clone()),
+            latency_since_sent: Some(latency),
+            send_delay: None,
+        };
         let back: LoadResult = serde_json::from_str(&serde_json::to_string(&result).unwrap()).unwrap();
         assert_eq!(back, result);
         assert_eq!(

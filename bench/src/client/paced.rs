@@ -1,6 +1,7 @@
 //! An open loop of requests: each is sent when it is due, whatever is still on its way, and its latency counts from
 //! the moment at which it was due. A peer that stalls shows in every request that was due meanwhile, which a closed
-//! loop would leave out ("coordinated omission").
+//! loop would leave out ("coordinated omission"). Counted from the moment at which a request was really sent, it still does;
+//! only the client's own lateness is not in it, whoever kept the client from its processor.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
@@ -65,12 +66,14 @@ struct Progress {
     /// The first request that counts, and the one after the last.
     first_counted: u64,
     end: u64,
-    sent: u64,
+    /// When each request was given to its socket, whether that had room or not.
+    sent_at: Vec<Duration>,
     /// Of each connection.
     answered_each: Vec<u64>,
     answered: u64,
     last_answer_at: Duration,
     latency: Histogram<u64>,
+    latency_since_sent: Histogram<u64>,
     send_delay: Histogram<u64>,
 }
 
@@ -115,6 +118,7 @@ impl PacedLoad {
             requests: progress.end,
             bytes: 2 * progress.end * self.request_len,
             latency: Some(progress.latency),
+            latency_since_sent: Some(progress.latency_since_sent),
             send_delay: Some(progress.send_delay),
         })
     }
@@ -133,28 +137,34 @@ impl PacedLoad {
             schedule,
             first_counted,
             end,
-            sent: 0,
+            sent_at: Vec::with_capacity(usize::try_from(end).context("number the requests")?),
             answered_each: vec![0; self.connections],
             answered: 0,
             last_answer_at: starts_at,
             latency: histogram()?,
+            latency_since_sent: histogram()?,
             send_delay: histogram()?,
         })
     }
 }
 
 impl Progress {
+    fn sent(&self) -> u64 {
+        self.sent_at.len() as u64
+    }
+
     /// Until when to wait for answers; an error when none may be hoped for.
     fn wait_until(&self, now: Duration) -> Result<Duration> {
-        let on_their_way = self.sent - self.answered;
-        let last_due_at = self.schedule.due_at(self.sent.saturating_sub(1));
+        let sent = self.sent();
+        let on_their_way = sent - self.answered;
+        let last_due_at = self.schedule.due_at(sent.saturating_sub(1));
         let answer_until = self.last_answer_at.max(self.schedule.starts_at) + ANSWER_WITHIN;
         ensure!(
             on_their_way == 0 || now < answer_until,
             "no answer for {ANSWER_WITHIN:?} to any of {on_their_way} requests"
         );
-        if self.sent < self.end {
-            return Ok(self.schedule.due_at(self.sent));
+        if sent < self.end {
+            return Ok(self.schedule.due_at(sent));
         }
         ensure!(
             now < last_due_at + DRAINED_WITHIN,
@@ -166,17 +176,17 @@ impl Progress {
     /// Sends what is due.
     fn send_due(&mut self, mut ask: impl FnMut(usize) -> Result<()>) -> Result<()> {
         for _ in 0..BURST_MAX {
-            let now = drowse::clock::now();
-            let due_at = self.schedule.due_at(self.sent);
-            if self.sent >= self.end || now < due_at {
+            let (now, request) = (drowse::clock::now(), self.sent());
+            let due_at = self.schedule.due_at(request);
+            if request >= self.end || now < due_at {
                 break;
             }
-            let connection = self.sent % self.answered_each.len() as u64;
+            let connection = request % self.answered_each.len() as u64;
             ask(usize::try_from(connection).context("number a connection")?)?;
-            if self.sent >= self.first_counted {
+            if request >= self.first_counted {
                 self.send_delay.saturating_record(drowse::clock::as_nanos(now.saturating_sub(due_at)));
             }
-            self.sent += 1;
+            self.sent_at.push(now);
         }
         Ok(())
     }
@@ -195,8 +205,10 @@ impl Progress {
         for turn in new {
             let request = turn * connections + connection as u64;
             if request >= self.first_counted {
-                let latency = self.last_answer_at.saturating_sub(self.schedule.due_at(request));
-                self.latency.saturating_record(drowse::clock::as_nanos(latency));
+                let sent_at = self.sent_at.get(usize::try_from(request).context("number a request")?);
+                let since = |at| drowse::clock::as_nanos(self.last_answer_at.saturating_sub(at));
+                self.latency.saturating_record(since(self.schedule.due_at(request)));
+                self.latency_since_sent.saturating_record(since(*sent_at.context("find a request")?));
             }
         }
         Ok(())
@@ -214,6 +226,37 @@ mod tests {
         assert_eq!(schedule.due_at(1), Duration::from_secs(5) + Duration::from_micros(50));
         assert_eq!(schedule.due_at(20_000 * 3600 + 1), Duration::from_secs(3605) + Duration::from_micros(50));
         assert_eq!(schedule.within(Duration::from_millis(800)), 16_000);
+    }
+
+    #[test]
+    fn a_client_that_is_late_itself_is_in_one_latency_and_not_in_the_other() {
+        let late = Duration::from_secs(3);
+        let load = PacedLoad {
+            connections: 2,
+            request_len: 1,
+            requests_per_second: 10,
+            warm_up_time: Duration::ZERO,
+            measured_time: Duration::from_millis(200),
+        };
+        let mut progress = load.start().unwrap();
+        progress.schedule.starts_at = progress.schedule.starts_at.checked_sub(late).unwrap();
+        let mut asked = Vec::new();
+        let mut ask = |connection| {
+            asked.push(connection);
+            Ok(())
+        };
+        progress.send_due(&mut ask).unwrap();
+        assert_eq!((asked, progress.sent()), (vec![0, 1], 2));
+        for connection in [1, 0] {
+            progress.answers(connection, 1).unwrap();
+        }
+        let late_ns = u64::try_from(late.as_nanos()).unwrap();
+        // The second one is due a tenth of a second later.
+        for histogram in [&progress.latency, &progress.send_delay] {
+            assert!(histogram.len() == 2 && histogram.min() > late_ns * 9 / 10, "{}", histogram.min());
+        }
+        let since_sent = &progress.latency_since_sent;
+        assert!(since_sent.len() == 2 && since_sent.max() < late_ns / 2, "{}", since_sent.max());
     }
 
     #[test]

@@ -52,7 +52,7 @@ impl Peer for Haproxy {
         let mut command = socket_activated(program, listener);
         command.args(self.command_line(wanted).iter().skip(1)).current_dir(&directory);
         let process = started_on(&wanted.layout.proxy, || Running::start(self.name(), command))?;
-        Ok(Started { address, process: Some(process), _directory: Some(directory) })
+        Ok(Started { address, process: Some(process), directory: Some(directory) })
     }
 }
 

@@ -62,7 +62,7 @@ impl Peer for Nginx {
         command.args(self.command_line(wanted).iter().skip(1));
         command.current_dir(&directory).env("NGINX", "3;");
         let process = started_on(&wanted.layout.proxy, || Running::start_family(self.name(), command))?;
-        Ok(Started { address, process: Some(process), _directory: Some(directory) })
+        Ok(Started { address, process: Some(process), directory: Some(directory) })
     }
 }
 

@@ -65,6 +65,6 @@ impl Peer for Socat {
         command.args(Self::line(wanted, address).iter().skip(1));
         let mut process = started_on(&wanted.layout.proxy, || Running::start_family(self.name(), command))?;
         process.wait_for_port(address, LISTEN_WITHIN)?;
-        Ok(Started { address, process: Some(process), _directory: None })
+        Ok(Started { address, process: Some(process), directory: None })
     }
 }

@@ -13,17 +13,21 @@ use crate::stats::{self, Better, Order, median, ratios};
 const REFERENCE: &str = "systemd-socket-proxyd";
 
 /// The rows: a case, and, where the row is not about its main figure, the name and unit of the detail.
-const ROWS: [(&str, Option<(&str, &str)>); 20] = [
+const ROWS: [(&str, Option<(&str, &str)>); 24] = [
     ("request/64B/1", None),
     ("request/64B/32", None),
+    ("request/64B/256", None),
     ("request/64B/512", None),
     ("request/4KiB/32", None),
     ("connect/64B", None),
     ("latency/64B/20k", None),
+    ("latency/64B/20k", Some(("since_sent_p50_us", "us (p50 since it was sent)"))),
+    ("latency/64B/20k", Some(("since_sent_p99_us", "us (p99 since it was sent)"))),
     ("bulk/up", None),
     ("bulk/down", None),
     ("bulk/both", None),
     ("request/64B/32", Some(("machine_cpu_s_per_100k", "CPU s of the machine per 100,000"))),
+    ("latency/64B/20k", Some(("machine_cpu_s_per_100k", "CPU s of the machine per 100,000"))),
     ("bulk/down", Some(("machine_cpu_s_per_gib", "CPU s of the machine per GiB"))),
     ("idle-flows", None),
     ("idle-flows", Some(("kernel_kib_per_flow", "KiB/flow of the kernel"))),
