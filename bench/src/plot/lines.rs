@@ -15,8 +15,12 @@ use super::{Area, DIRECT, GRID, INK, Setting, colour, page, pixels, write};
 
 const SIZE: (u32, u32) = (1100, 600);
 const MARGIN: f64 = 24.0;
+/// Above the chart itself, with a legend of one row.
 const TOP: u32 = 84;
 const BOTTOM: u32 = 36;
+/// The first row of a legend, and how far apart its rows are.
+const LEGEND: f64 = 62.0;
+const ROW: u32 = 22;
 /// The mean width of a letter of a legend.
 const LETTER: f64 = 7.4;
 
@@ -62,23 +66,29 @@ impl Chart<'_> {
     pub fn draw(&self) -> Result<String> {
         page(SIZE, |area| {
             write(area, &self.title, (MARGIN, 30.0), Setting::TITLE)?;
-            self.legend(area)?;
+            let places = self.legend();
+            for (line, place) in self.lines.iter().zip(&places) {
+                entry(area, line.peer, *place)?;
+            }
             write(area, &self.footer, (MARGIN, f64::from(SIZE.1) - 18.0), Setting::NOTE)?;
-            self.plot(&area.margin(TOP, BOTTOM, 16, 32))
+            let more_rows = places.last().map_or(0, |(_, row)| *row);
+            self.plot(&area.margin(TOP + ROW * more_rows, BOTTOM, 16, 32))
         })
     }
 
-    fn legend(&self, area: &Area<'_>) -> Result<()> {
-        let mut x = MARGIN;
-        for line in &self.lines {
-            let setting = Setting { bold: line.peer.starts_with("drowse"), ..Setting::LABEL };
-            let text = if line.peer == DIRECT { "direct (the limit)" } else { line.peer };
-            let swatch = [pixels((x, 62.0)), pixels((x + 22.0, 62.0))];
-            area.draw(&PathElement::new(swatch, stroke(line.peer)))?;
-            write(area, text, (x + 28.0, 62.0), setting.aligned(HPos::Left))?;
-            x += 52.0 + text.chars().fold(0.0, |width, _| width + LETTER);
-        }
-        Ok(())
+    /// Where the legend's entry of each line begins, and in which row.
+    fn legend(&self) -> Vec<(f64, u32)> {
+        let (mut x, mut row) = (MARGIN, 0);
+        let place = |line: &Line<'_>| {
+            let width = words(line.peer).chars().fold(52.0, |width, _| width + LETTER);
+            if x > MARGIN && x + width > f64::from(SIZE.0) {
+                (x, row) = (MARGIN, row + 1);
+            }
+            let begin = x;
+            x += width;
+            (begin, row)
+        };
+        self.lines.iter().map(place).collect()
     }
 
     fn plot(&self, area: &Area<'_>) -> Result<()> {
@@ -115,6 +125,18 @@ impl Chart<'_> {
         }
         Ok(())
     }
+}
+
+fn words(peer: &str) -> &str {
+    if peer == DIRECT { "direct (the limit)" } else { peer }
+}
+
+/// Draws one entry of the legend.
+fn entry(area: &Area<'_>, peer: &str, (x, row): (f64, u32)) -> Result<()> {
+    let y = LEGEND + f64::from(ROW * row);
+    let setting = Setting { bold: peer.starts_with("drowse"), ..Setting::LABEL };
+    area.draw(&PathElement::new([pixels((x, y)), pixels((x + 22.0, y))], stroke(peer)))?;
+    write(area, words(peer), (x + 28.0, y), setting.aligned(HPos::Left))
 }
 
 fn stroke(peer: &str) -> ShapeStyle {
@@ -217,6 +239,26 @@ mod tests {
         assert_eq!(linear_ticks([0.0].into_iter()).len(), 2);
         assert_eq!(linear_ticks([f64::NAN].into_iter()).len(), 2);
         assert!(linear_ticks(std::iter::empty()).len() >= 2);
+    }
+
+    #[test]
+    fn a_legend_too_long_for_one_row_goes_on_in_the_next() {
+        let named = |peer| Line { peer, points: Vec::new() };
+        let mut chart = Chart {
+            title: String::new(),
+            x_label: "",
+            y_label: "",
+            x_ticks: Vec::new(),
+            y_ticks: Vec::new(),
+            lines: (0..8).map(|_| named("systemd-socket-proxyd")).collect(),
+            has_markers: false,
+            footer: String::new(),
+        };
+        let places = chart.legend();
+        assert_eq!(places.iter().map(|(_, row)| *row).collect::<Vec<_>>(), [0, 0, 0, 0, 0, 1, 1, 1]);
+        assert!(places.iter().all(|(x, _)| (MARGIN..900.0).contains(x)), "{places:?}");
+        chart.lines.truncate(5);
+        assert_eq!(chart.legend(), places[..5]);
     }
 
     #[test]
