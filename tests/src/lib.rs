@@ -10,6 +10,7 @@ pub mod isolated;
 pub mod markdown;
 pub mod package;
 pub mod pinned;
+pub mod planes;
 pub mod process;
 pub mod scrape;
 pub mod service;

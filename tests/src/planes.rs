@@ -1,0 +1,128 @@
+//! Every plane moves the same bytes: one suite, run for each plane.
+//!
+//! Owns: the tests, by theme, and their list; a test binary names planes and how each test is run. A flow here is
+//! client <-> C | B <-> backend; C and B belong to the plane. All waiting has a deadline: sockets time out, and what
+//! no socket tells is asked for again until a minute is over.
+#![expect(
+    clippy::indexing_slicing,
+    clippy::missing_panics_doc,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "tests fail by a panic"
+)]
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use drowse::accounting::Accounting;
+use drowse::plane::Plane;
+use drowse::plane::forward::{Forward, Mode};
+
+use crate::isolated::isolated;
+
+pub mod commands;
+pub mod congestion;
+pub mod ends;
+mod fixture;
+pub mod many;
+pub mod resets;
+pub mod streams;
+
+/// A plane by its constructor.
+pub type MakePlane = fn(Arc<Accounting>) -> Box<dyn Plane>;
+
+/// The worker threads of a plane under test; its accounting has counters for as many.
+pub const WORKERS: usize = 2;
+
+/// The plane `copy`.
+#[must_use]
+pub fn copy(accounting: Arc<Accounting>) -> Box<dyn Plane> {
+    Box::new(Forward::new(Mode::Copy, WORKERS, accounting).unwrap())
+}
+
+/// The plane `splice`.
+#[must_use]
+pub fn splice(accounting: Arc<Accounting>) -> Box<dyn Plane> {
+    Box::new(Forward::new(Mode::Splice, WORKERS, accounting).unwrap())
+}
+
+/// Runs a test of a plane where this process is.
+///
+/// # Errors
+/// None.
+pub fn here(test: fn(MakePlane), make: MakePlane) -> Result<()> {
+    test(make);
+    Ok(())
+}
+
+/// Runs a test of a plane in namespaces of its own, where the kernel paces nobody.
+///
+/// # Errors
+/// Not root, or the kernel has no `reno`.
+pub fn in_namespaces(test: fn(MakePlane), make: MakePlane) -> Result<()> {
+    isolated(|| {
+        // The file is that of the opening thread's network namespace. bbr would pace the loopback.
+        std::fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "reno")?;
+        test(make);
+        Ok(())
+    })
+}
+
+/// The tests of a plane, in a module of the plane's name: `plane_tests!(PLANE, RUN, [SET, ...])`.
+///
+/// `PLANE` is a [`MakePlane`], `RUN` is [`here`] or [`in_namespaces`], both by a name in the module around. The sets:
+///
+/// | set | what | needs |
+/// |---|---|---|
+/// | `everywhere` | what holds for each plane | nothing |
+#[macro_export]
+macro_rules! plane_tests {
+    ($plane:ident, $run:ident, [$($set:ident),+]) => {
+        mod $plane {
+            use super::{$plane as make, $run as run};
+
+            $($crate::plane_tests!(@set $set);)+
+        }
+    };
+    (@set everywhere) => {
+        $crate::plane_tests! { @tests
+            streams::mixed_flows_arrive_whole,
+            streams::backend_speaks_first,
+            streams::bytes_before_the_flow_opens_arrive,
+            streams::tiny_and_huge_writes,
+            streams::urgent_bytes_stay_in_the_stream,
+            ends::half_close_by_the_client_gets_a_reply,
+            ends::half_close_by_the_backend_gets_a_reply,
+            ends::half_close_by_both_at_once,
+            ends::half_close_passes_a_congested_other_direction,
+            resets::reset_by_the_client_reaches_the_backend,
+            resets::reset_by_the_backend_reaches_the_client,
+            resets::reset_after_the_fin_is_passed_on,
+            resets::last_answer_before_a_reset_arrives_whole,
+            resets::last_answer_arrives_when_the_request_hits_the_reset,
+            resets::killed_backend_with_a_stalled_client,
+            resets::killed_client_with_a_stalled_backend,
+            congestion::slow_reader_blocks_the_sender,
+            congestion::congested_and_free_in_turn,
+            congestion::no_descriptor_left_for_pipes,
+            congestion::one_busy_flow_does_not_starve_others,
+            many::short_flows_leave_nothing_behind,
+            many::thousand_flows_at_once,
+            many::idle_flows_hold_nothing_but_sockets,
+            commands::silent_flows_are_closed_active_ones_stay,
+            commands::silent_peers_that_do_not_answer_are_closed,
+            commands::silent_congested_flow_is_reset,
+            commands::reset_all_resets_both_sides,
+            commands::reset_all_delivers_what_was_taken,
+            commands::dropped_plane_resets_its_flows,
+        }
+    };
+    (@tests $($theme:ident::$test:ident,)+) => {
+        $(
+            #[test]
+            fn $test() -> ::anyhow::Result<()> {
+                run($crate::planes::$theme::$test, make)
+            }
+        )+
+    };
+}

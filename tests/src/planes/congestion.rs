@@ -1,0 +1,114 @@
+//! Readers that are slow, and what they cost.
+
+use std::thread;
+use std::time::Duration;
+
+use drowse::admission::Seat;
+use drowse::plane::Flow;
+use rustix::process::{Resource, getrlimit};
+
+use super::fixture::{
+    Bed, Kind, MIB, Pattern, SMALL_BUFFER, expect, expect_end, finish, limit_fds, pair, ping, resident_bytes,
+    send, send_until_full, send_until_full_for,
+};
+use super::{MakePlane, WORKERS};
+
+/// A reader that does not read: its sender is stopped, and memory is bounded.
+pub fn slow_reader_blocks_the_sender(make: MakePlane) {
+    let bed = Bed::new(make);
+    let flood = Pattern::bytes(4, 64 * MIB);
+    for to_backend in [true, false] {
+        let (client, accepted) = pair(Kind::SmallTcp);
+        let (connected, backend) = pair(Kind::SmallTcp);
+        bed.plane.open(Flow { client: accepted.into(), backend: connected.into(), seat: Seat::default() });
+        let (sender, reader) = if to_backend { (&client, &backend) } else { (&backend, &client) };
+        let resident_before = resident_bytes();
+        let sent = send_until_full(sender, &flood);
+        let grown = resident_bytes().saturating_sub(resident_before);
+        // The kernel doubles each of the four buffers.
+        assert!(
+            sent < 4 * MIB + 4 * 2 * SMALL_BUFFER,
+            "{sent} bytes were taken for a reader that does not read"
+        );
+        assert!(grown < 4 * MIB, "memory grew by {grown} bytes");
+        expect(reader, &flood[..sent]);
+        ping(&client, &backend);
+    }
+}
+
+/// Hundreds of changes between congested and free.
+pub fn congested_and_free_in_turn(make: MakePlane) {
+    let bed = Bed::new(make);
+    let mut random = Pattern(0xc0de);
+    let bytes = Pattern::bytes(13, 96 * MIB);
+    for kind in [Kind::SmallTcp, Kind::Unix] {
+        let (client, backend) = bed.flow(kind, kind);
+        for (sender, receiver) in [(&client, &backend), (&backend, &client)] {
+            let (mut sent, mut received, mut rounds) = (0, 0, 0);
+            while sent < bytes.len() && rounds < 300 {
+                sent += send_until_full_for(sender, &bytes[sent..], Duration::from_millis(1));
+                let count = random.below(sent - received + 1);
+                expect(receiver, &bytes[received..received + count]);
+                received += count;
+                rounds += 1;
+            }
+            assert!(rounds >= 200, "congested only {rounds} times");
+            expect(receiver, &bytes[received..sent]);
+        }
+    }
+}
+
+/// No descriptor can be had while bytes move.
+pub fn no_descriptor_left_for_pipes(make: MakePlane) {
+    let bed = Bed::new(make);
+    let bulk = Pattern::bytes(16, 16 * MIB);
+    let (client, backend) = bed.tcp();
+    ping(&client, &backend);
+    let soft = getrlimit(Resource::Nofile).current;
+    limit_fds(0);
+    assert!(client.try_clone().is_err(), "no descriptor can be had");
+    thread::scope(|scope| {
+        for socket in [&client, &backend] {
+            scope.spawn(|| {
+                send(socket, &bulk);
+                finish(socket);
+            });
+        }
+        for socket in [&client, &backend] {
+            scope.spawn(|| {
+                expect(socket, &bulk);
+                expect_end(socket);
+            });
+        }
+    });
+    limit_fds(soft.unwrap());
+    bed.all_closed();
+}
+
+/// Small exchanges go on beside flows that are always busy.
+pub fn one_busy_flow_does_not_starve_others(make: MakePlane) {
+    let bed = Bed::new(make);
+    let bulk = vec![7; MIB];
+    // Every worker has busy flows in both directions.
+    let busy: Vec<_> = (0..WORKERS * 2).map(|_| bed.tcp()).collect();
+    let (client, backend) = bed.tcp();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let is_done = || done.load(std::sync::atomic::Ordering::Relaxed);
+    thread::scope(|scope| {
+        for (client, backend) in &busy {
+            for (sender, receiver) in [(client, backend), (backend, client)] {
+                scope.spawn(|| {
+                    while !is_done() {
+                        send(sender, &bulk);
+                    }
+                    finish(sender);
+                });
+                scope.spawn(|| std::io::copy(&mut &*receiver, &mut std::io::sink()).unwrap());
+            }
+        }
+        for _ in 0..50 {
+            ping(&client, &backend);
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}
