@@ -8,6 +8,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::epoll::EventFlags;
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, sockopt};
 
 use super::Mode;
@@ -71,8 +72,11 @@ impl End {
             sockopt::set_tcp_nodelay(&self.socket, true)?;
             sockopt::set_socket_keepalive(&self.socket, true)?;
         }
-        // An urgent byte stays in the stream instead of being lost.
-        sockopt::set_socket_oobinline(&self.socket, true)
+        // An urgent byte stays in the stream instead of being lost. MPTCP has neither such bytes nor the option.
+        match sockopt::set_socket_oobinline(&self.socket, true) {
+            Err(Errno::OPNOTSUPP) => Ok(()),
+            set => set,
+        }
     }
 
     /// Takes note of what epoll reported. `fin_sent`: whether we have shut our side of this socket down.
