@@ -13,7 +13,7 @@
 
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use drowse::accounting::Accounting;
 use drowse::plane::Plane;
 use drowse::plane::forward::{Forward, Mode};
@@ -22,10 +22,13 @@ use crate::isolated::isolated;
 
 pub mod commands;
 pub mod congestion;
+pub mod counters;
 pub mod ends;
+pub mod families;
 mod fixture;
 pub mod many;
 pub mod resets;
+pub mod sleepers;
 pub mod streams;
 
 /// A plane by its constructor.
@@ -55,14 +58,22 @@ pub fn here(test: fn(MakePlane), make: MakePlane) -> Result<()> {
     Ok(())
 }
 
-/// Runs a test of a plane in namespaces of its own, where the kernel paces nobody.
+/// Runs a test of a plane in namespaces of its own, with buffers of the usual size and no pacing.
 ///
 /// # Errors
 /// Not root, or the kernel has no `reno`.
 pub fn in_namespaces(test: fn(MakePlane), make: MakePlane) -> Result<()> {
     isolated(|| {
-        // The file is that of the opening thread's network namespace. bbr would pace the loopback.
-        std::fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "reno")?;
+        // The files are those of the opening thread's network namespace. bbr would pace the loopback. The buffers are
+        // the kernel's defaults; this machine may have others.
+        for (name, value) in [
+            ("tcp_congestion_control", "reno"),
+            ("tcp_rmem", "4096 131072 6291456"),
+            ("tcp_wmem", "4096 16384 4194304"),
+        ] {
+            std::fs::write(format!("/proc/sys/net/ipv4/{name}"), value)
+                .with_context(|| format!("set {name}"))?;
+        }
         test(make);
         Ok(())
     })
@@ -75,6 +86,8 @@ pub fn in_namespaces(test: fn(MakePlane), make: MakePlane) -> Result<()> {
 /// | set | what | needs |
 /// |---|---|---|
 /// | `everywhere` | what holds for each plane | nothing |
+/// | `asleep` | an uncongested flow wakes no thread of the plane (`forward-...`) | a plane that promises it |
+/// | `alone` | what needs its own limits, ports, addresses or network namespaces | [`in_namespaces`] |
 #[macro_export]
 macro_rules! plane_tests {
     ($plane:ident, $run:ident, [$($set:ident),+]) => {
@@ -89,12 +102,17 @@ macro_rules! plane_tests {
             streams::mixed_flows_arrive_whole,
             streams::backend_speaks_first,
             streams::bytes_before_the_flow_opens_arrive,
+            streams::bytes_that_wait_for_the_flow_arrive,
             streams::tiny_and_huge_writes,
             streams::urgent_bytes_stay_in_the_stream,
             ends::half_close_by_the_client_gets_a_reply,
             ends::half_close_by_the_backend_gets_a_reply,
             ends::half_close_by_both_at_once,
             ends::half_close_passes_a_congested_other_direction,
+            ends::half_close_by_the_client_behind_a_backlog,
+            ends::half_close_by_the_backend_behind_a_backlog,
+            ends::close_by_the_client_behind_a_backlog,
+            ends::close_by_the_backend_behind_a_backlog,
             resets::reset_by_the_client_reaches_the_backend,
             resets::reset_by_the_backend_reaches_the_client,
             resets::reset_after_the_fin_is_passed_on,
@@ -107,14 +125,35 @@ macro_rules! plane_tests {
             congestion::no_descriptor_left_for_pipes,
             congestion::one_busy_flow_does_not_starve_others,
             many::short_flows_leave_nothing_behind,
-            many::thousand_flows_at_once,
+            many::fifteen_hundred_flows_at_once,
             many::idle_flows_hold_nothing_but_sockets,
+            counters::counters_follow_the_bytes,
             commands::silent_flows_are_closed_active_ones_stay,
             commands::silent_peers_that_do_not_answer_are_closed,
             commands::silent_congested_flow_is_reset,
             commands::reset_all_resets_both_sides,
             commands::reset_all_delivers_what_was_taken,
             commands::dropped_plane_resets_its_flows,
+        }
+    };
+    (@set alone) => {
+        $crate::plane_tests! { @tests
+            sleepers::sleeping_client_and_a_blocking_writer,
+            sleepers::sleeping_client_and_a_level_triggered_writer,
+            sleepers::sleeping_client_and_an_edge_triggered_writer,
+            sleepers::sleeping_backend_and_a_blocking_writer,
+            sleepers::sleeping_backend_and_a_level_triggered_writer,
+            sleepers::sleeping_backend_and_an_edge_triggered_writer,
+            congestion::congested_and_free_in_turn_with_large_buffers,
+            many::short_flows_of_every_end_leave_nothing_behind,
+            families::every_family_meets_every_other,
+            families::mptcp_is_served,
+            families::peers_in_other_network_namespaces,
+        }
+    };
+    (@set asleep) => {
+        $crate::plane_tests! { @tests
+            counters::uncongested_flow_costs_no_switches,
         }
     };
     (@tests $($theme:ident::$test:ident,)+) => {

@@ -3,5 +3,5 @@
 use drowse_tests::plane_tests;
 use drowse_tests::planes::{copy, in_namespaces, splice};
 
-plane_tests!(copy, in_namespaces, [everywhere]);
-plane_tests!(splice, in_namespaces, [everywhere]);
+plane_tests!(copy, in_namespaces, [everywhere, alone]);
+plane_tests!(splice, in_namespaces, [everywhere, alone]);

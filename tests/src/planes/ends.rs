@@ -1,9 +1,15 @@
 //! Half-close.
 
+use std::os::fd::AsFd;
 use std::thread;
+use std::time::Duration;
+
+use drowse::sys::send_queue_bytes;
 
 use super::MakePlane;
-use super::fixture::{Bed, KIB, Kind, MIB, Pattern, expect, expect_end, finish, send, send_until_full};
+use super::fixture::{
+    Bed, Endless, KIB, Kind, MIB, Pattern, eventually, expect, expect_end, finish, send, send_until_full,
+};
 
 fn half_close(kind: Kind, make: MakePlane, client_first: bool) {
     let bed = Bed::new(make);
@@ -81,4 +87,56 @@ pub fn half_close_passes_a_congested_other_direction(make: MakePlane) {
         expect_end(&client);
     });
     bed.all_closed();
+}
+
+/// `closes`: the sender closes its socket, and does not only end its half.
+fn end_behind_a_backlog(make: MakePlane, by_client: bool, closes: bool) {
+    let bed = Bed::new(make);
+    let stream = Endless::new(21);
+    let mut expected = 0;
+    for kind in [Kind::SmallTcp, Kind::Tcp, Kind::Unix] {
+        for limit in [1, 40 * KIB, 200 * KIB, usize::MAX] {
+            let (client, backend) = bed.flow(kind, kind);
+            let (sender, reader) = if by_client { (client, backend) } else { (backend, client) };
+            let sent = stream.send_until_full_for(&sender, 0..limit, Duration::from_millis(50));
+            if closes {
+                drop(sender);
+                stream.expect(&reader, 0..sent);
+                expect_end(&reader);
+            } else {
+                finish(&sender);
+                if sent == limit && !matches!(kind, Kind::Unix) {
+                    eventually("the plane has the FIN", || send_queue_bytes(sender.as_fd()).unwrap() == 0);
+                }
+                stream.expect(&reader, 0..sent);
+                expect_end(&reader);
+                send(&reader, b"got it");
+                expect(&sender, b"got it");
+                expected += 6;
+            }
+            expected += sent as u64;
+        }
+    }
+    let totals = bed.all_closed();
+    assert_eq!(totals.bytes_to_backend + totals.bytes_to_client, expected);
+}
+
+/// The client ends its half behind bytes that the backend has not read.
+pub fn half_close_by_the_client_behind_a_backlog(make: MakePlane) {
+    end_behind_a_backlog(make, true, false);
+}
+
+/// The backend ends its half behind bytes that the client has not read.
+pub fn half_close_by_the_backend_behind_a_backlog(make: MakePlane) {
+    end_behind_a_backlog(make, false, false);
+}
+
+/// The client closes behind bytes that the backend has not read.
+pub fn close_by_the_client_behind_a_backlog(make: MakePlane) {
+    end_behind_a_backlog(make, true, true);
+}
+
+/// The backend closes behind bytes that the client has not read.
+pub fn close_by_the_backend_behind_a_backlog(make: MakePlane) {
+    end_behind_a_backlog(make, false, true);
 }

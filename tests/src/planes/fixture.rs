@@ -1,7 +1,8 @@
 //! What the tests of the planes share: flows, patterns of bytes, and waiting with a deadline.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use drowse::clock;
 use drowse::plane::{Flow, Plane};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{MakePlane, WORKERS};
 
@@ -47,30 +48,132 @@ impl Pattern {
     }
 }
 
-/// How two sockets of a pair are made.
+/// A stream of any length of which nobody holds more than a block: each place of it can be made again.
+#[derive(Debug)]
+pub struct Endless(Vec<u8>);
+
+impl Endless {
+    const PIECE: usize = 64 * KIB;
+    const PLACES: usize = MIB;
+
+    pub fn new(seed: u64) -> Self {
+        Self(Pattern::bytes(seed, Self::PLACES + Self::PIECE))
+    }
+
+    /// Some of the bytes from `position` on. No two pieces of the first 64 GiB begin in the same place of the block.
+    pub fn at(&self, position: usize) -> &[u8] {
+        let (piece, skip) = (position / Self::PIECE, position % Self::PIECE);
+        let place = piece * 7919 % Self::PLACES;
+        &self.0[place + skip..place + Self::PIECE]
+    }
+
+    /// The same, up to `end`.
+    pub fn up_to(&self, position: usize, end: usize) -> &[u8] {
+        let bytes = self.at(position);
+        &bytes[..bytes.len().min(end.saturating_sub(position))]
+    }
+
+    /// Whether `bytes` are those from `position` on.
+    pub fn check(&self, mut position: usize, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let expected = self.up_to(position, position + bytes.len());
+            let (received, rest) = bytes.split_at(expected.len());
+            assert!(received == expected, "other bytes arrived than were sent, after {position}");
+            position += received.len();
+            bytes = rest;
+        }
+    }
+
+    /// Sends what is in `range`.
+    pub fn send(&self, socket: &Socket, range: Range<usize>) {
+        let mut position = range.start;
+        while position < range.end {
+            let bytes = self.up_to(position, range.end);
+            send(socket, bytes);
+            position += bytes.len();
+        }
+    }
+
+    /// Sends what is in `range`, without blocking, until there has been no room `for_time`. Returns where it stopped.
+    pub fn send_until_full_for(&self, socket: &Socket, range: Range<usize>, for_time: Duration) -> usize {
+        range.start + fill(socket, for_time, |sent| self.up_to(range.start + sent, range.end))
+    }
+
+    /// Receives what is in `range`.
+    pub fn expect(&self, mut socket: &Socket, range: Range<usize>) {
+        let mut buffer = vec![0; Self::PIECE];
+        let mut position = range.start;
+        while position < range.end {
+            let room = buffer.len().min(range.end - position);
+            let count = socket.read(&mut buffer[..room]).unwrap();
+            assert!(count > 0, "the stream ended after {position} bytes");
+            self.check(position, &buffer[..count]);
+            position += count;
+        }
+    }
+}
+
+/// How two sockets of a pair are made. Of a client's pair the plane has the far one, of a backend's the near one.
 #[derive(Clone, Copy, Debug)]
 pub enum Kind {
     Tcp,
     Unix,
     /// TCP with small fixed buffers, so that it congests soon.
     SmallTcp,
+    Tcp6,
+    /// The far socket is of IPv6 and has IPv4 addresses.
+    FarMapped,
+    /// The near socket is of IPv6 and has IPv4 addresses.
+    NearMapped,
+    Mptcp,
+    /// The near socket is plain TCP, the far one's listener knows MPTCP.
+    FarMptcp,
 }
 
 /// The buffer of [`Kind::SmallTcp`], which the kernel doubles.
 pub const SMALL_BUFFER: usize = 64 * KIB;
 
+/// An address of this machine and a protocol.
+type Way = (IpAddr, Protocol);
+
+const TCP4: Way = (IpAddr::V4(Ipv4Addr::LOCALHOST), Protocol::TCP);
+const TCP6: Way = (IpAddr::V6(Ipv6Addr::LOCALHOST), Protocol::TCP);
+const MAPPED: Way = (IpAddr::V6(Ipv4Addr::LOCALHOST.to_ipv6_mapped()), Protocol::TCP);
+const MPTCP: Way = (TCP4.0, Protocol::MPTCP);
+
+fn connect(near: Way, far: Way) -> (Socket, Socket) {
+    let socket = |(address, protocol): Way| {
+        Socket::new(Domain::for_address(SocketAddr::new(address, 0)), Type::STREAM, Some(protocol)).unwrap()
+    };
+    let listener = socket(far);
+    // Ports of connections that just ended may be taken again.
+    listener.set_reuse_address(true).unwrap();
+    listener.bind(&SocketAddr::new(far.0, 0).into()).unwrap();
+    listener.listen(1).unwrap();
+    let port = listener.local_addr().unwrap().as_socket().unwrap().port();
+    let connecting = socket(near);
+    connecting.connect(&SocketAddr::new(near.0, port).into()).unwrap();
+    (connecting, listener.accept().unwrap().0)
+}
+
+/// Nothing that is done with the socket takes longer than [`PATIENCE`].
+pub fn limit_waiting(socket: &Socket) {
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_write_timeout(Some(PATIENCE)).unwrap();
+}
+
 pub fn pair(kind: Kind) -> (Socket, Socket) {
     let (near, far) = match kind {
         Kind::Unix => Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap(),
-        Kind::Tcp | Kind::SmallTcp => {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            (near.into(), listener.accept().unwrap().0.into())
-        }
+        Kind::Tcp | Kind::SmallTcp => connect(TCP4, TCP4),
+        Kind::Tcp6 => connect(TCP6, TCP6),
+        Kind::FarMapped => connect(TCP4, MAPPED),
+        Kind::NearMapped => connect(MAPPED, TCP4),
+        Kind::Mptcp => connect(MPTCP, MPTCP),
+        Kind::FarMptcp => connect(TCP4, MPTCP),
     };
     for socket in [&near, &far] {
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        socket.set_write_timeout(Some(PATIENCE)).unwrap();
+        limit_waiting(socket);
         if matches!(kind, Kind::SmallTcp) {
             socket.set_send_buffer_size(SMALL_BUFFER).unwrap();
             socket.set_recv_buffer_size(SMALL_BUFFER).unwrap();
@@ -95,8 +198,13 @@ impl Bed {
     pub fn flow(&self, client: Kind, backend: Kind) -> (Socket, Socket) {
         let (near, accepted) = pair(client);
         let (connected, far) = pair(backend);
-        self.plane.open(Flow { client: accepted.into(), backend: connected.into(), seat: Seat::default() });
+        self.open(accepted, connected);
         (near, far)
+    }
+
+    /// Gives the plane its two sockets.
+    pub fn open(&self, client: Socket, backend: Socket) {
+        self.plane.open(Flow { client: client.into(), backend: backend.into(), seat: Seat::default() });
     }
 
     pub fn tcp(&self) -> (Socket, Socket) {
@@ -169,11 +277,20 @@ pub fn send_until_full(socket: &Socket, bytes: &[u8]) -> usize {
 }
 
 /// Sends without blocking until the socket has had no room `for_time`.
-pub fn send_until_full_for(mut socket: &Socket, bytes: &[u8], for_time: Duration) -> usize {
+pub fn send_until_full_for(socket: &Socket, bytes: &[u8], for_time: Duration) -> usize {
+    fill(socket, for_time, |sent| &bytes[sent..])
+}
+
+/// Sends what `next` has after so many bytes, until that is nothing or there has been no room `for_time`.
+fn fill<'a>(mut socket: &Socket, for_time: Duration, next: impl Fn(usize) -> &'a [u8]) -> usize {
     socket.set_nonblocking(true).unwrap();
     let mut sent = 0;
-    while sent < bytes.len() {
-        match socket.write(&bytes[sent..]) {
+    loop {
+        let bytes = next(sent);
+        if bytes.is_empty() {
+            break;
+        }
+        match socket.write(bytes) {
             Ok(count) => sent += count,
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 if !is_ready(socket, PollFlags::OUT, for_time) {
@@ -246,4 +363,40 @@ pub fn receive_in_chunks(mut socket: &Socket, seed: u64) -> Vec<u8> {
         }
         bytes.extend_from_slice(&buffer[..count]);
     }
+}
+
+/// How often threads of this process with such a name, of which there is one, gave up the processor to wait.
+pub fn voluntary_switches(is_meant: impl Fn(&str) -> bool) -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let switches: Vec<usize> = tasks
+        .filter_map(|task| {
+            // A thread may end meanwhile.
+            let status = std::fs::read_to_string(task.unwrap().path().join("status")).ok()?;
+            let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+            is_meant(field("Name:")?).then(|| field("voluntary_ctxt_switches:").unwrap().parse().unwrap())
+        })
+        .collect();
+    assert!(!switches.is_empty(), "no thread has such a name");
+    switches.iter().sum()
+}
+
+/// Everything that a flow is for: bytes both ways, many both ways at once, the end of one half, then of the other.
+pub fn exercise(client: &Socket, backend: &Socket) {
+    const BULK: usize = MIB;
+    let stream = Endless::new(30);
+    ping(client, backend);
+    thread::scope(|scope| {
+        for (sender, receiver) in [(client, backend), (backend, client)] {
+            scope.spawn(|| stream.send(sender, 0..BULK));
+            scope.spawn(|| stream.expect(receiver, 0..BULK));
+        }
+    });
+    send(client, b"a question");
+    finish(client);
+    expect(backend, b"a question");
+    expect_end(backend);
+    send(backend, b"an answer");
+    finish(backend);
+    expect(client, b"an answer");
+    expect_end(client);
 }

@@ -1,16 +1,17 @@
 //! Bytes in order, whatever their sizes and whoever speaks first.
 
+use std::os::fd::AsFd;
 use std::thread;
+use std::time::Duration;
 
 use drowse::accounting::Totals;
-use drowse::admission::Seat;
-use drowse::plane::Flow;
+use drowse::sys::send_queue_bytes;
 use rustix::event::PollFlags;
 
 use super::MakePlane;
 use super::fixture::{
-    Bed, KIB, Kind, MIB, PATIENCE, Pattern, expect, expect_end, finish, is_ready, pair, ping,
-    receive_in_chunks, send, send_in_chunks,
+    Bed, Endless, KIB, Kind, MIB, PATIENCE, Pattern, eventually, expect, expect_end, finish, is_ready, pair,
+    ping, receive_in_chunks, send, send_in_chunks, send_until_full,
 };
 
 /// 64 flows at once, in chunks of any size, both ways.
@@ -56,21 +57,75 @@ pub fn backend_speaks_first(make: MakePlane) {
 /// Bytes and FIN that were there before the plane had the flow.
 pub fn bytes_before_the_flow_opens_arrive(make: MakePlane) {
     let bed = Bed::new(make);
-    let (client, accepted) = pair(Kind::Tcp);
-    let (connected, backend) = pair(Kind::Tcp);
-    send(&client, b"early request");
-    finish(&client);
-    send(&backend, b"early answer");
-    finish(&backend);
-    for socket in [&accepted, &connected] {
-        assert!(is_ready(socket, PollFlags::RDHUP, PATIENCE), "bytes and FIN are there");
+    // The last is more than one buffer of the kernel's holds.
+    for len in [0, 13, 40 * KIB, 300 * KIB] {
+        let request = &Pattern::bytes(31, len);
+        let answer = &Pattern::bytes(32, len);
+        for fins in 0..4 {
+            let [client_ends, backend_ends] = [fins & 1 != 0, fins & 2 != 0];
+            let (client, accepted) = pair(Kind::Tcp);
+            let (connected, backend) = pair(Kind::Tcp);
+            let sides =
+                [(&client, &accepted, request, client_ends), (&backend, &connected, answer, backend_ends)];
+            for (peer, ours, bytes, ends) in sides {
+                // Room for all of it, else the FIN would not be there before the flow.
+                ours.set_recv_buffer_size(MIB).unwrap();
+                peer.set_send_buffer_size(MIB).unwrap();
+                assert_eq!(send_until_full(peer, bytes), len);
+                if ends {
+                    finish(peer);
+                    assert!(is_ready(ours, PollFlags::RDHUP, PATIENCE), "bytes and FIN are there");
+                } else {
+                    eventually("the bytes are there", || send_queue_bytes(peer.as_fd()).unwrap() == 0);
+                }
+            }
+            let opened = bed.accounting.totals().flows_total;
+            bed.open(accepted, connected);
+            assert_eq!(bed.accounting.totals().flows_total, opened + 1, "counted at once");
+            expect(&backend, request);
+            expect(&client, answer);
+            for (sender, receiver, ended) in
+                [(&client, &backend, client_ends), (&backend, &client, backend_ends)]
+            {
+                if !ended {
+                    send(sender, b"and more");
+                    expect(receiver, b"and more");
+                    finish(sender);
+                }
+                expect_end(receiver);
+            }
+        }
     }
-    bed.plane.open(Flow { client: accepted.into(), backend: connected.into(), seat: Seat::default() });
-    assert_eq!(bed.accounting.totals().flows_total, 1, "counted at once");
-    expect(&backend, b"early request");
-    expect_end(&backend);
-    expect(&client, b"early answer");
-    expect_end(&client);
+    let totals = bed.all_closed();
+    let expected = 4 * (13 + 340 * KIB as u64) + 4 * 2 * 8;
+    assert_eq!((totals.bytes_to_backend, totals.bytes_to_client), (expected, expected));
+}
+
+/// More bytes from both sides than fit their sockets, begun before the plane has the flow.
+pub fn bytes_that_wait_for_the_flow_arrive(make: MakePlane) {
+    let bed = Bed::new(make);
+    let stream = Endless::new(33);
+    for kind in [Kind::SmallTcp, Kind::Tcp] {
+        let (client, accepted) = pair(kind);
+        let (connected, backend) = pair(kind);
+        let sent = [&client, &backend]
+            .map(|socket| stream.send_until_full_for(socket, 0..16 * MIB, Duration::from_millis(10)));
+        assert!(sent.iter().all(|sent| *sent < 16 * MIB));
+        bed.open(accepted, connected);
+        thread::scope(|scope| {
+            let stream = &stream;
+            for (sender, receiver, sent) in [(&client, &backend, sent[0]), (&backend, &client, sent[1])] {
+                scope.spawn(move || {
+                    stream.send(sender, sent..16 * MIB);
+                    finish(sender);
+                });
+                scope.spawn(move || {
+                    stream.expect(receiver, 0..16 * MIB);
+                    expect_end(receiver);
+                });
+            }
+        });
+    }
     bed.all_closed();
 }
 
