@@ -30,6 +30,7 @@ pub mod many;
 pub mod resets;
 pub mod sleepers;
 pub mod streams;
+pub mod torn;
 
 /// A plane by its constructor.
 pub type MakePlane = fn(Arc<Accounting>) -> Box<dyn Plane>;
@@ -120,6 +121,13 @@ macro_rules! plane_tests {
             resets::last_answer_arrives_when_the_request_hits_the_reset,
             resets::killed_backend_with_a_stalled_client,
             resets::killed_client_with_a_stalled_backend,
+            torn::reset_by_the_client_at_full_speed,
+            torn::reset_by_the_backend_at_full_speed,
+            torn::client_closes_in_mid_download,
+            torn::backend_closes_in_mid_upload,
+            torn::backend_killed_in_mid_upload,
+            torn::stalled_backend_killed_in_mid_upload,
+            torn::backend_killed_in_mid_download,
             congestion::slow_reader_blocks_the_sender,
             congestion::congested_and_free_in_turn,
             congestion::no_descriptor_left_for_pipes,
