@@ -101,6 +101,7 @@ macro_rules! plane_tests {
     (@set everywhere) => {
         $crate::plane_tests! { @tests
             streams::mixed_flows_arrive_whole,
+            streams::mixed_tcp_flows_arrive_whole,
             streams::backend_speaks_first,
             streams::bytes_before_the_flow_opens_arrive,
             streams::bytes_that_wait_for_the_flow_arrive,

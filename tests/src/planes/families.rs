@@ -7,6 +7,7 @@ use socket2::{Protocol, Socket};
 
 use super::MakePlane;
 use super::fixture::{Bed, Kind, exercise, limit_waiting, pair};
+use super::streams::mixed_flows;
 use crate::isolated::{FAR, NEAR, Remote, in_netns, new_netns};
 
 /// IPv4, IPv6, and IPv4 on IPv6, of the client and of the backend.
@@ -34,6 +35,7 @@ pub fn mptcp_is_served(make: MakePlane) {
             }
         }
         assert_eq!(bed.all_closed().flows_total, 6);
+        mixed_flows(make, [Kind::Mptcp, Kind::Tcp, Kind::FarMptcp]);
     } else {
         eprintln!("not tested: net.mptcp.enabled is not 1 here, so there are no MPTCP sockets");
     }

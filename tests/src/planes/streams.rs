@@ -14,10 +14,9 @@ use super::fixture::{
     ping, receive_in_chunks, send, send_in_chunks, send_until_full,
 };
 
-/// 64 flows at once, in chunks of any size, both ways.
-pub fn mixed_flows_arrive_whole(make: MakePlane) {
+/// 64 flows at once, in chunks of any size, both ways, of each kind to each kind.
+pub(super) fn mixed_flows(make: MakePlane, kinds: [Kind; 3]) {
     let bed = Bed::new(make);
-    let kinds = [Kind::Tcp, Kind::Unix, Kind::SmallTcp];
     let mut random = Pattern(0x5eed);
     let mut expected = Totals::default();
     thread::scope(|scope| {
@@ -43,6 +42,16 @@ pub fn mixed_flows_arrive_whole(make: MakePlane) {
     assert_eq!(totals.flows_total, 64);
     assert_eq!(totals.bytes_to_backend, expected.bytes_to_backend);
     assert_eq!(totals.bytes_to_client, expected.bytes_to_client);
+}
+
+/// 64 flows at once of TCP and unix sockets.
+pub fn mixed_flows_arrive_whole(make: MakePlane) {
+    mixed_flows(make, [Kind::Tcp, Kind::Unix, Kind::SmallTcp]);
+}
+
+/// 64 flows at once of TCP alone.
+pub fn mixed_tcp_flows_arrive_whole(make: MakePlane) {
+    mixed_flows(make, [Kind::Tcp, Kind::SmallTcp, Kind::Tcp]);
 }
 
 /// A server that greets before it is asked.
