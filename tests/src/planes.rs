@@ -1,8 +1,8 @@
 //! Every plane moves the same bytes: one suite, run for each plane.
 //!
-//! Owns: the tests, by theme, and their list; a test binary names planes and how each test is run. A flow here is
-//! client <-> C | B <-> backend; C and B belong to the plane. All waiting has a deadline: sockets time out, and what
-//! no socket tells is asked for again until a minute is over.
+//! Owns: the tests, by theme, and their list; a test binary names planes and how each test is run. A flow here
+//! is client <-> C | B <-> backend; C and B belong to the plane. All waiting has a deadline: sockets time out,
+//! and what no socket tells is asked for again until a minute is over.
 #![expect(
     clippy::indexing_slicing,
     clippy::missing_panics_doc,
@@ -65,8 +65,8 @@ pub fn here(test: fn(MakePlane), make: MakePlane) -> Result<()> {
 /// Not root, or the kernel has no `reno`.
 pub fn in_namespaces(test: fn(MakePlane), make: MakePlane) -> Result<()> {
     isolated(|| {
-        // The files are those of the opening thread's network namespace. bbr would pace the loopback. The buffers are
-        // the kernel's defaults; this machine may have others.
+        // The files are those of the opening thread's network namespace. bbr would pace the loopback. The
+        // buffers are the kernel's defaults; this machine may have others.
         for (name, value) in [
             ("tcp_congestion_control", "reno"),
             ("tcp_rmem", "4096 131072 6291456"),
@@ -82,7 +82,8 @@ pub fn in_namespaces(test: fn(MakePlane), make: MakePlane) -> Result<()> {
 
 /// The tests of a plane, in a module of the plane's name: `plane_tests!(PLANE, RUN, [SET, ...])`.
 ///
-/// `PLANE` is a [`MakePlane`], `RUN` is [`here`] or [`in_namespaces`], both by a name in the module around. The sets:
+/// `PLANE` is a [`MakePlane`], `RUN` is [`here`] or [`in_namespaces`], both by a name in the module around.
+/// The sets:
 ///
 /// | set | what | needs |
 /// |---|---|---|

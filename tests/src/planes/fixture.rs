@@ -60,7 +60,8 @@ impl Endless {
         Self(Pattern::bytes(seed, Self::PLACES + Self::PIECE))
     }
 
-    /// Some of the bytes from `position` on. No two pieces of the first 64 GiB begin in the same place of the block.
+    /// Some of the bytes from `position` on. No two pieces of the first 64 GiB begin in the same place of the
+    /// block.
     pub fn at(&self, position: usize) -> &[u8] {
         let (piece, skip) = (position / Self::PIECE, position % Self::PIECE);
         let place = piece * 7919 % Self::PLACES;
@@ -94,7 +95,8 @@ impl Endless {
         }
     }
 
-    /// Sends what is in `range`, without blocking, until there has been no room `for_time`. Returns where it stopped.
+    /// Sends what is in `range`, without blocking, until there has been no room `for_time`. Returns where it
+    /// stopped.
     pub fn send_until_full_for(&self, socket: &Socket, range: Range<usize>, for_time: Duration) -> usize {
         range.start + fill(socket, for_time, |sent| self.up_to(range.start + sent, range.end))
     }
@@ -113,7 +115,8 @@ impl Endless {
     }
 }
 
-/// How two sockets of a pair are made. Of a client's pair the plane has the far one, of a backend's the near one.
+/// How two sockets of a pair are made. Of a client's pair the plane has the far one, of a backend's the near
+/// one.
 #[derive(Clone, Copy, Debug)]
 pub enum Kind {
     Tcp,
@@ -380,7 +383,8 @@ pub fn voluntary_switches(is_meant: impl Fn(&str) -> bool) -> usize {
     switches.iter().sum()
 }
 
-/// Everything that a flow is for: bytes both ways, many both ways at once, the end of one half, then of the other.
+/// Everything that a flow is for: bytes both ways, many both ways at once, the end of one half, then of the
+/// other.
 pub fn exercise(client: &Socket, backend: &Socket) {
     const BULK: usize = MIB;
     let stream = Endless::new(30);

@@ -18,8 +18,8 @@ const STREAM: usize = 200 * MIB;
 const ASLEEP: Duration = Duration::from_secs(2);
 /// What nobody has read is in kernel buffers: the bound of kernel memory per direction of a flow.
 const HELD_AT_MOST: usize = 16 * MIB;
-/// How often a writer may be woken, or told that there is no room, per MiB. A spinning one needs thousands, a good one less
-/// than one.
+/// How often a writer may be woken, or told that there is no room, per MiB. A spinning one needs thousands, a
+/// good one less than one.
 const WAITS_PER_MIB: usize = 4;
 
 /// How a program waits for room.

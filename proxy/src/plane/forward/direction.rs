@@ -72,7 +72,7 @@ impl End {
             sockopt::set_tcp_nodelay(&self.socket, true)?;
             sockopt::set_socket_keepalive(&self.socket, true)?;
         }
-        // An urgent byte stays in the stream instead of being lost. MPTCP has neither such bytes nor the option.
+        // An urgent byte stays in the stream instead of being lost. MPTCP has neither such bytes nor this.
         match sockopt::set_socket_oobinline(&self.socket, true) {
             Err(Errno::OPNOTSUPP) => Ok(()),
             set => set,
