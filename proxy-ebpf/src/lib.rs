@@ -15,6 +15,12 @@ pub mod program {
     pub const FIND_LISTENER: &str = "find_listener";
     /// Classifier, run by user space with a [`crate::Inspection`]: brings counters of open flows up to date.
     pub const INSPECT_FLOWS: &str = "inspect_flows";
+    /// `sk_skb` verdict: sends what one socket of a proxied flow receives out of the other.
+    pub const REDIRECT: &str = "redirect";
+    /// `sk_msg`: gives what a peer of a proxied flow sends straight to the socket that it would come out of in the end.
+    pub const SEND: &str = "send";
+    /// Classifier, run by user space with a [`crate::Renewal`]: lets `send` do so, as far as there is room.
+    pub const RENEW: &str = "renew";
 }
 
 /// Names of the maps, as the object's symbols and as the names of their pins.
@@ -41,8 +47,29 @@ pub mod map {
     /// Array with one entry: [`crate::Service`], the counters of all flows that were handed off.
     pub const SERVICE: &str = "SERVICE";
 
+    /// Sockhash: socket cookie ([`u64`](core::primitive::u64)) -> a socket of a proxied flow whose received bytes come to
+    /// `redirect`.
+    pub const SOURCES: &str = "SOURCES";
+    /// Sockhash: socket cookie -> a socket of a proxied flow. No program belongs to this map: it keeps what is queued when a
+    /// socket leaves [`SOURCES`].
+    pub const SOCKETS: &str = "SOCKETS";
+    /// Hash map: socket cookie of the source -> [`crate::Direction`]. User space makes and removes the entries, `redirect`
+    /// counts in them.
+    pub const DIRECTIONS: &str = "DIRECTIONS";
+    /// Hash map: socket cookie of the source -> [`crate::Taken`]. User space alone writes it.
+    pub const TAKEN: &str = "TAKEN";
+    /// Array with one entry: [`crate::Proxied`]. `redirect` adds to it, and user space, which maps it into its memory.
+    pub const PROXIED: &str = "PROXIED";
+    /// Ring buffer of [`crate::PassingEvent`]. Read by one process only.
+    pub const PASSING: &str = "PASSING";
+    /// Sockhash: socket cookie of the source -> its peer, a socket of somebody else whose messages come to `send`. `renew`
+    /// puts them in; they leave when they are closed.
+    pub const ENDS: &str = "ENDS";
+    /// Socket storage of those peers: [`crate::Credit`]. `renew` makes it, `send` draws on it.
+    pub const CREDITS: &str = "CREDITS";
+
     /// The maps that are pinned for `bpftool` alone. Ring buffers are left out: they have one reader, which is `drowse`.
-    pub const SHOWN: [&str; 3] = [PORTS, LISTENS, PUBLIC];
+    pub const SHOWN: [&str; 6] = [PORTS, LISTENS, PUBLIC, DIRECTIONS, TAKEN, PROXIED];
     /// The maps that are pinned and taken over by the next drowse of the same name, because flows that were handed off
     /// outlive the one that did it. Together or not at all.
     pub const KEPT: [&str; 3] = [MARKS, FLOWS, SERVICE];
@@ -54,6 +81,18 @@ pub mod global {
     pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
     /// `u64`: the cookie of our network namespace (`SO_NETNS_COOKIE`). Connections of other ones are not counted.
     pub const NETNS_COOKIE: &str = "NETNS_COOKIE";
+    /// `u32`: where `write_seq` lies in `struct tcp_sock`, by the kernel's BTF.
+    pub const WRITE_SEQ_OFFSET: &str = "WRITE_SEQ_OFFSET";
+    /// `u32`: where `sk_wmem_queued` lies in `struct sock`.
+    pub const WMEM_QUEUED_OFFSET: &str = "WMEM_QUEUED_OFFSET";
+    /// `u32`: where `sk_sndbuf` lies in `struct sock`.
+    pub const SNDBUF_OFFSET: &str = "SNDBUF_OFFSET";
+    /// `u32`: where `copied_seq` lies in `struct tcp_sock`.
+    pub const COPIED_SEQ_OFFSET: &str = "COPIED_SEQ_OFFSET";
+    /// `u32`: where `icsk_ulp_ops` lies in `struct inet_connection_sock`.
+    pub const ULP_OPS_OFFSET: &str = "ULP_OPS_OFFSET";
+    /// `u32`: where `sk_socket` lies in `struct sock`.
+    pub const SOCKET_OFFSET: &str = "SOCKET_OFFSET";
 }
 
 /// The most ports that one object watches.
@@ -87,6 +126,38 @@ pub const FLOWS_MARGIN: u64 = 4096;
 pub const INSPECTED_MAX: usize = 64;
 
 const _: () = assert!(FLOWS_MARGIN < FLOWS_MAX as u64);
+
+/// The most proxied flows that are redirected at a time; those beyond it are moved by user space.
+pub const PROXIED_FLOWS_MAX: usize = 4096;
+
+/// Sockets of these flows.
+pub const PROXIED_SOCKETS_MAX: usize = 2 * PROXIED_FLOWS_MAX;
+
+/// The most bytes of one direction that are redirected and not in the target's send queue yet.
+pub const BACKLOG_MAX: u64 = 128 * 1024;
+
+/// What a segment in a send queue takes beyond its bytes: its headers, and its `struct sk_buff`.
+pub const SEGMENT_OVERHEAD: u64 = 2048;
+
+/// What a message in a send queue takes beyond its bytes when it got there from a peer: a `struct sk_buff` with room for
+/// headers and for its copy (1280 bytes on 64 bits), for each so many bytes.
+pub const MESSAGE_OVERHEAD: u64 = 1280;
+
+/// The most bytes of a message that share one such `struct sk_buff`, as far as we count on it.
+pub const MESSAGE_BYTES_SHIFT: u32 = 15;
+
+/// A renewal is asked for when so many messages more like the last one would be beyond three quarters of the limit.
+pub const MESSAGES_AHEAD: u64 = 8;
+
+/// With less room in its send queue than this a target is not given messages of a peer.
+pub const CREDIT_MIN: u64 = 16 * 1024;
+
+/// Bytes of the ring buffer of directions that begin to pass.
+pub const PASSING_EVENTS_BYTES: usize = 128 * 1024;
+
+// Every direction may begin to pass at once, each event with its header of 8 bytes.
+const _: () = assert!(PASSING_EVENTS_BYTES >= PROXIED_SOCKETS_MAX * (size_of::<PassingEvent>() + 8));
+const _: () = assert!(PASSING_EVENTS_BYTES.is_power_of_two());
 
 /// The length of an Ethernet header: the first bytes of what user space hands to a classifier, not used.
 pub const ETHERNET_BYTES: usize = 14;
@@ -249,6 +320,161 @@ impl Inspection {
     }
 }
 
+/// One direction of a proxied flow, from the moment that the kernel moves its bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Direction {
+    /// Bytes that were redirected.
+    pub redirected: u64,
+    /// Bytes that were passed to user space, which moves them.
+    pub passed: u64,
+    /// When bytes last came, `CLOCK_MONOTONIC`. Zero: never.
+    pub last_activity_ns: u64,
+    /// The cookie of the socket that the bytes go to.
+    pub target: u64,
+    /// What user space calls this direction.
+    pub token: u64,
+    /// `write_seq` of the target before the first byte.
+    pub base: u32,
+    /// Not zero: `base` is known.
+    pub has_base: u32,
+    /// Not zero: the bytes go to the client.
+    pub to_client: u32,
+    /// Segments that were redirected since the target's send queue had everything.
+    pub segments: u32,
+}
+
+/// What user space did for one direction.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// Bytes that were passed and that user space has moved on, all of them.
+    pub bytes: u64,
+    /// Bytes that user space wrote to the target.
+    pub written: u64,
+}
+
+/// What a peer of a proxied flow may still send straight to the target, and since when.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Credit {
+    /// The cookie of our socket that it is connected to: the key of its [`Direction`].
+    pub source: u64,
+    /// The cookie of the socket that its messages go to.
+    pub target: u64,
+    /// What its messages took of the target's memory, by our reckoning, since the beginning.
+    pub charged: u64,
+    /// How far [`Credit::charged`] may go.
+    pub limit: u64,
+    /// How far it goes before a renewal is asked for; [`u64::MAX`] once it is.
+    pub low: u64,
+    /// What the last message was charged. It may be on its way to the target's queue.
+    pub last: u64,
+    /// The peer's `write_seq` when everything that it had written to its connection was in the target's send queue.
+    pub expected: u32,
+    /// Not zero: its messages go to the client.
+    pub to_client: u32,
+}
+
+/// What user space asks `renew`, when it has moved on all that it received from a peer. The answer, the program's return
+/// value, is a [`renewed`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Renewal {
+    /// The peer's own address.
+    pub peer: Endpoint,
+    /// The address of our socket that it is connected to, of the same family, network byte order.
+    pub own: [u32; 4],
+    /// The port of our socket, host byte order.
+    pub own_port: u32,
+    /// Not zero: the peer is not in [`map::ENDS`] yet.
+    pub begin: u32,
+    /// As in [`Credit`].
+    pub to_client: u32,
+    /// Not zero: close the short cut; the answer is [`renewed::NOT_YET`].
+    pub ends: u32,
+    /// The cookie of our socket.
+    pub source: u64,
+    /// The cookie of the target.
+    pub target: u64,
+}
+
+/// The answers of `renew`.
+pub mod renewed {
+    /// Nobody in this network namespace has that address, or the kernel does not take it into a sockmap.
+    pub const NOBODY: u32 = 0;
+    /// The peer's messages go straight to the target.
+    pub const RENEWED: u32 = 1;
+    /// Not now: something that the peer wrote is on its way, the target has no room, or the peer was not accepted yet.
+    pub const NOT_YET: u32 = 2;
+    /// Never: the peer has an upper layer protocol (kTLS), so what its owner sends is not what is to arrive.
+    pub const LAYERED: u32 = 3;
+    /// The question was not understood.
+    pub const BAD_RENEWAL: u32 = 4;
+}
+
+impl Renewal {
+    /// The question as a frame for a classifier: an empty Ethernet header and the fields.
+    #[must_use]
+    pub fn to_frame(&self) -> [u8; ETHERNET_BYTES + size_of::<Self>()] {
+        let mut frame = [0; ETHERNET_BYTES + size_of::<Self>()];
+        let (head, cookies) = frame.split_at_mut(ETHERNET_BYTES).1.split_at_mut(56);
+        let rest = [self.own_port, self.begin, self.to_client, self.ends];
+        let peer = self.peer.address.into_iter().chain([self.peer.port, self.peer.family]);
+        let words = peer.chain(self.own).chain(rest);
+        for (place, word) in head.chunks_exact_mut(4).zip(words) {
+            place.copy_from_slice(&word.to_ne_bytes());
+        }
+        for (place, cookie) in cookies.chunks_exact_mut(8).zip([self.source, self.target]) {
+            place.copy_from_slice(&cookie.to_ne_bytes());
+        }
+        frame
+    }
+}
+
+/// A direction begins to pass.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PassingEvent {
+    /// Its [`Direction::token`].
+    pub token: u64,
+}
+
+/// The counters of all proxied flows of a service that the kernel moves, or moved.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Proxied {
+    /// Flows, ever.
+    pub flows_total: u64,
+    /// Flows that are open.
+    pub flows_open: u64,
+    /// Bytes from clients that were redirected.
+    pub redirected_to_backend: u64,
+    /// Bytes to clients that were redirected.
+    pub redirected_to_client: u64,
+    /// Bytes from clients that were passed to user space.
+    pub passed_to_backend: u64,
+    /// Bytes to clients that were passed to user space.
+    pub passed_to_client: u64,
+    /// When bytes last came, `CLOCK_MONOTONIC`. Zero: never.
+    pub last_activity_ns: u64,
+    /// Flows that were left to user space, because the kernel does not take their sockets or has no room.
+    pub refused_total: u64,
+    /// Events of directions that begin to pass that found no room in the ring buffer.
+    pub events_lost_total: u64,
+    /// Peers of flows that were let send straight to the other side.
+    pub peers_total: u64,
+}
+
+impl PassingEvent {
+    /// Reads one event as it lies in the ring buffer. `None` if `bytes` is not an event of this ABI.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (token, rest) = take_u64(bytes)?;
+        rest.is_empty().then_some(Self { token })
+    }
+}
+
 /// What user space wants to know about a port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -321,7 +547,7 @@ fn take_u32(bytes: &[u8]) -> Option<(u32, &[u8])> {
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya asks for its Pod marker on map values")]
 mod pod {
-    use super::{Endpoint, Flow, Interest, Listens, Mark, Service, Steered};
+    use super::{Direction, Endpoint, Flow, Interest, Listens, Mark, Proxied, Service, Steered, Taken};
 
     // SAFETY: repr(C), only integers, no padding: any bytes are a value and all bytes are initialised.
     unsafe impl aya::Pod for Interest {}
@@ -337,6 +563,12 @@ mod pod {
     unsafe impl aya::Pod for Flow {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Service {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Direction {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Taken {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Proxied {}
 }
 
 #[cfg(test)]
@@ -411,6 +643,27 @@ mod tests {
         assert!(payload[24..].iter().all(|byte| *byte == 0));
         let many: [u64; INSPECTED_MAX + 1] = [1; INSPECTED_MAX + 1];
         assert_eq!(Inspection::of(&many, false).count as usize, INSPECTED_MAX);
+    }
+
+    #[test]
+    fn a_renewal_is_written_field_by_field() {
+        assert_eq!(size_of::<Credit>(), 56);
+        assert_eq!(size_of::<Renewal>(), 72);
+        assert_eq!(offset_of!(Renewal, own), 24);
+        assert_eq!(offset_of!(Renewal, own_port), 40);
+        assert_eq!(offset_of!(Renewal, source), 56);
+        let peer = Endpoint { address: [1, 2, 3, 4], port: 5, family: 6 };
+        let own = [7, 8, 9, 10];
+        let (own_port, begin, to_client, ends) = (11, 12, 13, 14);
+        let renewal = Renewal { peer, own, own_port, begin, to_client, ends, source: 15, target: 16 };
+        let frame = renewal.to_frame();
+        let (words, cookies) = frame[ETHERNET_BYTES..].split_at(56);
+        for (expected, word) in (1_u32..).zip(words.chunks_exact(4)) {
+            assert_eq!(word, expected.to_ne_bytes());
+        }
+        for (expected, cookie) in (15_u64..).zip(cookies.chunks_exact(8)) {
+            assert_eq!(cookie, expected.to_ne_bytes());
+        }
     }
 
     #[test]

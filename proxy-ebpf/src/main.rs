@@ -11,10 +11,12 @@
 )]
 
 mod atomic;
+mod ends;
 mod find;
 mod flows;
 mod listen_hook;
 mod observe;
+mod redirect;
 mod steer;
 mod zero;
 

@@ -3,14 +3,15 @@
 //! Owns: the numbers. Must never: decide anything, or be a lock on the path of a byte. Each forwarding worker
 //! writes a cache line of its own; readers add the lines up.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use drowse_ebpf::Service;
+use drowse_ebpf::{Proxied, Service};
 use tokio::sync::Notify;
 
 use crate::clock::{Monotonic, as_nanos};
+use crate::plane::sockmap;
 
 /// The counters of one worker, which alone writes them, but for `flows_opened`; anybody reads.
 #[derive(Debug, Default)]
@@ -55,6 +56,8 @@ pub struct Accounting {
     /// threads per connection.
     wake_at: AtomicU64,
     flows_closed: Notify,
+    /// What the kernel moves of the proxied flows, if it does.
+    redirected: OnceLock<Arc<sockmap::Counters>>,
 }
 
 /// The counters of a service, added up at one moment.
@@ -111,13 +114,35 @@ impl Accounting {
     #[must_use]
     pub fn new(workers: usize) -> Arc<Self> {
         let workers = std::iter::repeat_with(Counters::default).take(workers.max(1)).collect();
-        Arc::new(Self { workers, wake_at: AtomicU64::new(0), flows_closed: Notify::new() })
+        Arc::new(Self {
+            workers,
+            wake_at: AtomicU64::new(0),
+            flows_closed: Notify::new(),
+            redirected: OnceLock::new(),
+        })
     }
 
     /// The counters of worker `index`, if there is such a worker.
     #[must_use]
     pub fn worker(&self, index: usize) -> Option<&Counters> {
         self.workers.get(index)
+    }
+
+    /// From now on what the kernel moves counts, too.
+    pub fn count_redirected(&self, counters: Arc<sockmap::Counters>) {
+        self.redirected.get_or_init(|| counters);
+    }
+
+    /// Whether the kernel moves proxied flows.
+    #[must_use]
+    pub fn counts_redirected(&self) -> bool {
+        self.redirected.get().is_some()
+    }
+
+    /// What the kernel moved of the proxied flows. All zero if it moves none.
+    #[must_use]
+    pub fn redirected(&self) -> Proxied {
+        self.redirected.get().map(|counters| counters.read()).unwrap_or_default()
     }
 
     /// A flow of worker `index` ended at `now`.
@@ -159,13 +184,14 @@ impl Accounting {
             self.workers.iter().map(|counters| field(counters).load(Relaxed)).sum()
         };
         let flows = self.flows();
+        let redirected = self.redirected();
         let last = self.workers.iter().map(|counters| counters.last_activity_ns.load(Relaxed)).max();
         Totals {
             flows_total: flows.opened,
             flows_open: flows.open(),
-            bytes_to_backend: sum(|counters| &counters.bytes_to_backend),
-            bytes_to_client: sum(|counters| &counters.bytes_to_client),
-            last_activity: Duration::from_nanos(last.unwrap_or(0)),
+            bytes_to_backend: sum(|counters| &counters.bytes_to_backend) + redirected.redirected_to_backend,
+            bytes_to_client: sum(|counters| &counters.bytes_to_client) + redirected.redirected_to_client,
+            last_activity: Duration::from_nanos(last.unwrap_or(0).max(redirected.last_activity_ns)),
             ..Totals::default()
         }
     }

@@ -360,9 +360,13 @@ pub struct RunArgs {
 pub enum PlaneChoice {
     /// The fastest that is possible here
     Auto,
-    /// New connections straight to the backend's own listener; those for which that is not possible by splice,
-    /// with a warning
+    /// New connections straight to the backend's own listener, with a warning if that is not possible; the others as
+    /// with auto
     Handoff,
+    /// Redirected by the kernel from socket to socket, as long as the receiver keeps up; else by splice
+    Sockmap,
+    /// As sockmap, and where the other end is on this machine already as it is written
+    SockmapEnds,
     /// Through pipes in the kernel
     Splice,
     /// Through a buffer in user space

@@ -7,13 +7,16 @@
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use anyhow::{Context as _, anyhow, bail};
-use aya::maps::{Array, HashMap, Map, MapData, RingBuf, SkStorage, SockMap};
-use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
+use aya::maps::sock::SockMapFd;
+use aya::maps::{Array, HashMap, Map, MapData, RingBuf, SkStorage, SockHash, SockMap};
+use aya::programs::sk_msg::SkMsgLink;
+use aya::programs::sk_skb::SkSkbLink;
+use aya::programs::{ProgramError, SchedClassifier, SkMsg, SkSkb, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
 use drowse_ebpf as abi;
@@ -22,9 +25,11 @@ use tracing::level_filters::LevelFilter;
 use tracing_log::LogTracer;
 
 pub mod facts;
+mod layout;
 mod pins;
 
-pub use facts::{Answer, Availability, Fact, availability, cgroup2_root, kernel_version};
+pub use facts::{Answer, Availability, Fact, availability, cgroup2_root, kernel_release, kernel_version};
+pub use layout::{Layout, layout};
 pub use pins::{PIN_DIR, open_flows, pin_name};
 
 use crate::sys::{self, Readable};
@@ -33,14 +38,14 @@ use pins::Pins;
 /// The object that `cargo xtask build-ebpf` built; empty if it did not.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/drowse.o"));
 
-/// Bytes of the log's ring buffer when no line is wanted: the least that the kernel allows, one page.
-const LOG_BYTES_MIN: u32 = 4096;
+/// Bytes of a ring buffer that nothing is written to: the least that the kernel allows, one page.
+const RING_BYTES_MIN: usize = 4096;
 
 /// How often a test run is tried that signals interrupt.
 const ATTEMPTS_MAX: usize = 8;
 
 /// Bytes of the log's ring buffer otherwise; some hundred lines.
-const LOG_BYTES: u32 = 128 << 10;
+const LOG_BYTES: usize = 128 << 10;
 
 /// A loader that is made once. To make one takes 20 ms, ten times as long as to load the object, because aya then parses
 /// the kernel's own types (5 MB). They are for CO-RE relocations, of which the object has none: it is made without them.
@@ -67,24 +72,74 @@ pub struct Object {
 impl Object {
     /// Loads the embedded object and pins its maps in the directory [`pin_name`]`(name)` of `pin_dir`. Maps that cannot be
     /// pinned are no error, see [`Object::unpinned`]. The counters of flows that a drowse of the same name left behind are
-    /// taken over.
+    /// taken over. `layout`: what the programs are told that read the kernel's own structures; without it these cannot be
+    /// used, and their maps are as small as can be.
     ///
     /// # Errors
     /// The object is not built in, a capability is missing, or the kernel refuses.
-    pub fn load(pin_dir: &Path, name: &str) -> anyhow::Result<Self> {
+    pub fn load(pin_dir: &Path, name: &str, layout: Option<Layout>) -> anyhow::Result<Self> {
+        Self::load_for(pin_dir, name, layout, abi::PROXIED_FLOWS_MAX)
+    }
+
+    /// [`Object::load`] with maps for `flows_max` proxied flows, or [`abi::PROXIED_FLOWS_MAX`] if that is less.
+    ///
+    /// # Errors
+    /// As [`Object::load`].
+    pub fn load_for(
+        pin_dir: &Path,
+        name: &str,
+        layout: Option<Layout>,
+        flows_max: usize,
+    ) -> anyhow::Result<Self> {
+        let pins = || Pins::claim(pin_dir, name).map_err(|error| format!("{error:#}"));
+        Self::load_with(pins, layout, flows_max)
+    }
+
+    /// Loads the embedded object to try something out: it has no pins, and maps for one flow.
+    ///
+    /// # Errors
+    /// As [`Object::load`].
+    pub fn load_to_try(layout: Layout) -> anyhow::Result<Self> {
+        Self::load_with(|| Err("it is there to try something out".to_owned()), Some(layout), 1)
+    }
+
+    fn load_with(
+        pins: impl FnOnce() -> Result<Pins, String>,
+        layout: Option<Layout>,
+        flows_max: usize,
+    ) -> anyhow::Result<Self> {
         let availability = availability();
         if let Some(reason) = availability.obstacle() {
             bail!("{reason}");
         }
         let level = log_level();
-        let log_bytes = if *level == 0 { LOG_BYTES_MIN } else { LOG_BYTES };
-        let mut pins = Pins::claim(pin_dir, name).map_err(|error| format!("{error:#}"));
+        let log_bytes = if *level == 0 { RING_BYTES_MIN } else { LOG_BYTES };
+        let mut pins = pins();
         let loader = if pins.is_ok() { &PINNING_LOADER } else { &LOADER };
         let mut loader = loader.lock().unwrap_or_else(PoisonError::into_inner);
         // The loader keeps a reference for ever; a process loads one object. Zero, before Linux 5.14, is no socket's.
         let netns_cookie: &'static u64 = Box::leak(Box::new(sys::own_netns_cookie().unwrap_or(0)));
         loader.override_global(abi::global::NETNS_COOKIE, netns_cookie, true);
-        loader.override_global(abi::global::LOG_LEVEL, level, true).map_max_entries(abi::map::LOG, log_bytes);
+        loader
+            .override_global(abi::global::LOG_LEVEL, level, true)
+            .map_max_entries(abi::map::LOG, u32::try_from(log_bytes)?);
+        if let Some(layout) = layout {
+            let layout: &'static Layout = Box::leak(Box::new(layout));
+            loader
+                .override_global(abi::global::WRITE_SEQ_OFFSET, &layout.write_seq, true)
+                .override_global(abi::global::WMEM_QUEUED_OFFSET, &layout.wmem_queued, true)
+                .override_global(abi::global::SNDBUF_OFFSET, &layout.sndbuf, true)
+                .override_global(abi::global::COPIED_SEQ_OFFSET, &layout.copied_seq, true)
+                .override_global(abi::global::ULP_OPS_OFFSET, &layout.ulp_ops, true)
+                .override_global(abi::global::SOCKET_OFFSET, &layout.socket, true);
+        }
+        let (sockets, news) = if layout.is_some() { sizes(flows_max) } else { (1, RING_BYTES_MIN) };
+        for map in
+            [abi::map::SOURCES, abi::map::SOCKETS, abi::map::DIRECTIONS, abi::map::TAKEN, abi::map::ENDS]
+        {
+            loader.map_max_entries(map, u32::try_from(sockets)?);
+        }
+        loader.map_max_entries(abi::map::PASSING, u32::try_from(news)?);
         for (map, path) in pins.iter().flat_map(Pins::kept) {
             loader.map_pin_path(map, path);
         }
@@ -139,6 +194,41 @@ impl Object {
     /// The sockmap `name`, to write.
     pub(crate) fn sock_map_mut(&mut self, name: &str) -> anyhow::Result<SockMap<&mut MapData>> {
         SockMap::try_from(self.map_mut(name)?).with_context(|| format!("use map {name}"))
+    }
+
+    /// A descriptor of the map `name`.
+    pub(crate) fn descriptor(&self, name: &str) -> anyhow::Result<OwnedFd> {
+        let (Map::Array(data) | Map::HashMap(data) | Map::SockHash(data)) = self.map(name)? else {
+            bail!("map {name} is of no type that descriptors are asked for");
+        };
+        data.fd()
+            .as_fd()
+            .try_clone_to_owned()
+            .with_context(|| format!("duplicate the descriptor of map {name}"))
+    }
+
+    /// Attaches the verdict program `name`, which is loaded, to the sockhash `map`, until the link is dropped.
+    pub(crate) fn attach_verdict(&mut self, name: &str, map: &str) -> anyhow::Result<SkSkbLink> {
+        let fd = self.sock_hash_fd(map)?;
+        let verdict: &mut SkSkb = self.program(name)?;
+        let attached =
+            verdict.attach(&fd).map_err(explain).with_context(|| format!("attach {name} to {map}"))?;
+        verdict.take_link(attached).with_context(|| format!("keep {name} attached to {map}"))
+    }
+
+    /// Attaches the `sk_msg` program `name`, which is loaded, to the sockhash `map`, until the link is dropped.
+    pub(crate) fn attach_msg(&mut self, name: &str, map: &str) -> anyhow::Result<SkMsgLink> {
+        let fd = self.sock_hash_fd(map)?;
+        let program: &mut SkMsg = self.program(name)?;
+        let attached =
+            program.attach(&fd).map_err(explain).with_context(|| format!("attach {name} to {map}"))?;
+        program.take_link(attached).with_context(|| format!("keep {name} attached to {map}"))
+    }
+
+    fn sock_hash_fd(&self, name: &str) -> anyhow::Result<SockMapFd> {
+        let map: SockHash<_, u64> =
+            SockHash::try_from(self.map(name)?).with_context(|| format!("use map {name}"))?;
+        map.fd().try_clone().with_context(|| format!("duplicate the descriptor of map {name}"))
     }
 
     fn map(&self, name: &str) -> anyhow::Result<&Map> {
@@ -232,6 +322,25 @@ impl Log {
     }
 }
 
+/// What the programs of the plane sockmap are told, if they can be used.
+///
+/// # Errors
+/// They need something that is not here: the reason.
+pub fn layout_for_sockmap() -> anyhow::Result<Layout> {
+    if let Some(reason) = availability().sockmap_obstacle() {
+        bail!("{reason}");
+    }
+    layout()
+}
+
+/// How many sockets the maps of proxied flows take, and the bytes of the ring buffer of [`abi::PassingEvent`]: all of them
+/// may begin to pass at once, each event with its header of 8 bytes.
+fn sizes(flows_max: usize) -> (usize, usize) {
+    let sockets = 2 * flows_max.clamp(1, abi::PROXIED_FLOWS_MAX);
+    let bytes = sockets * (size_of::<abi::PassingEvent>() + 8);
+    (sockets, bytes.next_power_of_two().clamp(RING_BYTES_MIN, abi::PASSING_EVENTS_BYTES))
+}
+
 /// An address as the programs have it, in the words of the standard library. `None`: not one that they write.
 pub(crate) fn socket_address(endpoint: &abi::Endpoint) -> Option<SocketAddr> {
     let [first, ..] = endpoint.address;
@@ -293,6 +402,15 @@ mod tests {
             verification time 245 usec\nstack depth 80\nprocessed 25 insns (limit 1000000)\n\n";
         assert_eq!(verifier_reason(log), "dereference of modified ctx ptr R1 off=28 disallowed");
         assert_eq!(verifier_reason(""), "it gives no reason");
+    }
+
+    #[test]
+    fn maps_are_as_large_as_the_limit_of_flows_asks_for() {
+        assert_eq!(sizes(0), (2, RING_BYTES_MIN));
+        assert_eq!(sizes(1000), (2000, 32 << 10));
+        let largest = (abi::PROXIED_SOCKETS_MAX, abi::PASSING_EVENTS_BYTES);
+        assert_eq!(sizes(abi::PROXIED_FLOWS_MAX), largest);
+        assert_eq!(sizes(usize::MAX), largest);
     }
 
     #[test]

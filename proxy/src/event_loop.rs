@@ -34,11 +34,13 @@ use crate::lifecycle::{Command, Event, Lifecycle, Ownership, State};
 use crate::listener::{Accepted, Listeners, Passed, SEAL_TIME};
 use crate::pairing::{self, Gate, Outcome};
 use crate::plane::Plane;
+use crate::plane::choose::Redirection;
 use crate::plane::forward::{Forward, Mode};
 use crate::plane::handoff::Inspect;
 use crate::privileges::{self, Loader};
 use crate::readiness::{self, Hints};
 use crate::report::control::{self, Control};
+use crate::report::counters::KernelCounters;
 use crate::report::metrics;
 use crate::report::notify::{self, Notifier};
 use crate::report::remembered::Remembered;
@@ -65,7 +67,7 @@ pub struct EventLoop {
     connections_max: u64,
     lifecycle: Lifecycle,
     accounting: Arc<Accounting>,
-    plane: Box<dyn Plane>,
+    plane: Forward,
     /// `None` once no further client is accepted.
     listeners: Option<Listeners>,
     driver: Option<Box<dyn Driver>>,
@@ -197,10 +199,7 @@ impl EventLoop {
         };
         let workers = run.workers();
         let accounting = Accounting::new(workers);
-        let mode = match run.plane {
-            PlaneChoice::Auto | PlaneChoice::Handoff | PlaneChoice::Splice => Mode::Splice,
-            PlaneChoice::Copy => Mode::Copy,
-        };
+        let mode = if run.plane == PlaneChoice::Copy { Mode::Copy } else { Mode::Splice };
         let plane =
             Forward::new(mode, workers, Arc::clone(&accounting)).context("start the forwarding workers")?;
         let name = driver.as_ref().map_or_else(|| run.backend.to_string(), |driver| driver.name().to_owned());
@@ -213,12 +212,18 @@ impl EventLoop {
         let control = status_socket(&run);
         let remembered = control.remembered().unwrap_or_else(|| Remembered::since(clock::wall()));
         let service = Self {
-            kernel: Kernel::new(&run, &facts, run.rules().ownership != Ownership::Own, loader),
+            kernel: Kernel::new(
+                &run,
+                &facts,
+                connections_max,
+                run.rules().ownership != Ownership::Own,
+                loader,
+            ),
             name,
             connections_max,
             lifecycle: Lifecycle::new(run.rules(), backend, clock::now()),
             accounting,
-            plane: Box::new(plane),
+            plane,
             control,
             metrics,
             history: History::remembering(remembered),
@@ -256,15 +261,21 @@ impl EventLoop {
 
     async fn serve(&mut self) {
         let listeners: Vec<&str> = self.listeners.iter().flat_map(Listeners::names).collect();
+        let possible = [
+            self.kernel.obstacle().is_none().then_some("handoff"),
+            self.kernel.redirection().map(Redirection::word),
+        ];
+        let possible = possible.into_iter().flatten().map(|plane| format!("{plane} where possible, else "));
         info!(
             "{} in front of {} ({}), plane {}{}, at most {} connections",
             listeners.join(", "),
             self.run.backend,
             status_line(&self.lifecycle, &self.name, &Totals::default(), clock::now()),
-            if self.kernel.obstacle().is_none() { "handoff where possible, else " } else { "" },
+            possible.collect::<String>(),
             self.plane.name(),
             self.connections_max,
         );
+        self.kernel.tell_contradiction();
         self.notifier.ready();
         self.tell_status();
         if self.lifecycle.is_awake() {
@@ -371,6 +382,7 @@ impl EventLoop {
             }
             Woken::Kernel(news) => {
                 self.hear(news);
+                self.use_sockmap();
                 self.tick()
             }
             Woken::FewFlowsOpen | Woken::Deadline => self.tick(),
@@ -403,6 +415,16 @@ impl EventLoop {
             kernel::News::Loaded => {}
             kernel::News::Listened => self.hints.nudge(),
         }
+    }
+
+    /// Gives the plane its way into the kernel, once it is known whether there is one.
+    fn use_sockmap(&mut self) {
+        let Some(sockmap) = self.kernel.take_sockmap() else { return };
+        let used = sockmap.and_then(|(sockmap, announcements)| {
+            let used = self.plane.use_sockmap(sockmap, announcements);
+            used.map_err(|error| format!("cannot start the thread that listens to the kernel: {error}"))
+        });
+        self.kernel.redirects(used);
     }
 
     fn translate_change(&self, change: Change) -> Vec<Event> {
@@ -701,7 +723,9 @@ impl EventLoop {
 
     /// This moment, for whoever asks. `memory`: what the backend uses, if that is of interest.
     fn snapshot(&self, memory: Option<u64>) -> Snapshot {
-        let kernel = self.kernel.counters(self.kernel.service());
+        let proxied = self.accounting.counts_redirected().then(|| self.accounting.redirected());
+        let kernel = KernelCounters { proxied, ..self.kernel.counters(self.kernel.service()) };
+        let forward_obstacle = self.kernel.forward_obstacle();
         let sources = Sources {
             run: &self.run,
             backend_name: &self.name,
@@ -711,6 +735,7 @@ impl EventLoop {
             history: &self.history,
             refused: self.refusals.total(),
             forward: self.plane.name(),
+            forward_obstacle: forward_obstacle.as_deref(),
             handoff: &self.kernel.view(),
             kernel: &kernel,
             memory,

@@ -11,18 +11,22 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use drowse_ebpf::{Endpoint, FAMILY_V4, FAMILY_V6, Service};
 use rustix::thread::{MembarrierCommand, membarrier};
 use tracing::{debug, info, warn};
 
+mod redirecting;
+
+use self::redirecting::Redirecting;
 use crate::address::Address;
 use crate::clock::{self, Monotonic};
 use crate::config::{PlaneChoice, RunArgs, Switch};
 use crate::ebpf::{self, Object};
 use crate::listener::Listeners;
-use crate::plane::choose::{self, ListenerFacts};
+use crate::plane::choose::{self, ListenerFacts, Redirection};
 use crate::plane::handoff::{self, Handoff, Inspect, Miss};
+use crate::plane::sockmap::{self, Announcements, Sockmap};
 use crate::privileges::Loader;
 use crate::readiness::listen_hook::{self, ListenHook};
 use crate::report::counters::KernelCounters;
@@ -78,6 +82,8 @@ enum Search {
 #[derive(Debug)]
 struct Loaded {
     handoff: Result<Handoff, String>,
+    /// Until the plane takes it; or why there is none.
+    sockmap: Option<Result<(Sockmap, Announcements), String>>,
     hook: ListenHook,
     object: Object,
 }
@@ -111,6 +117,9 @@ pub struct Kernel {
     /// Flows that are open when we exit go on without us.
     flows_outlive_us: bool,
     warns: bool,
+    redirecting: Redirecting,
+    /// The most flows that the kernel may have to move.
+    flows_max: usize,
     public: Vec<Public>,
     /// What the options, or the kernel, have against a hand-off.
     obstacle: Option<String>,
@@ -132,9 +141,16 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Nothing is loaded yet. `flows_outlive_us`: the backend goes on when drowse exits.
+    /// Nothing is loaded yet. `flows_outlive_us`: the backend goes on when drowse exits. `flows_max`: so many flows are
+    /// open at most.
     #[must_use]
-    pub fn new(run: &RunArgs, listeners: &[ListenerFacts], flows_outlive_us: bool, loader: Loader) -> Self {
+    pub fn new(
+        run: &RunArgs,
+        listeners: &[ListenerFacts],
+        flows_max: u64,
+        flows_outlive_us: bool,
+        loader: Loader,
+    ) -> Self {
         let public: Vec<Public> = listeners
             .iter()
             .map(|listener| Public { name: listener.name.clone(), endpoints: choose::endpoints(listener) })
@@ -149,6 +165,8 @@ impl Kernel {
             backend: run.backend.clone(),
             flows_outlive_us,
             warns: run.plane == PlaneChoice::Handoff,
+            redirecting: Redirecting::new(run, listeners),
+            flows_max: usize::try_from(flows_max).unwrap_or(usize::MAX),
             obstacle: choose::obstacle(run).or_else(none_fits),
             public,
             backend_says: BackendSays::NotAsked,
@@ -172,6 +190,7 @@ impl Kernel {
         let public = self.endpoints();
         let sockets = listeners.map_or_else(|| Ok(Vec::new()), Listeners::tcp_sockets);
         let (backend, keep) = (self.backend.clone(), self.flows_outlive_us);
+        let redirects = self.redirection().map(|wanted| (wanted, self.flows_max));
         // Flows that an earlier drowse handed off are counted, even if this one hands off none.
         let obstacle = self.obstacle.clone().filter(|_| !takes_over);
         let loading = Box::pin(async move {
@@ -186,11 +205,44 @@ impl Kernel {
                     || Ok(Wanted { public, backend, listeners: sockets.map_err(|error| error.to_string())? }),
                     Err,
                 );
-                Loaded::new(&pin_dir, &name, port, wanted, keep)
+                Loaded::new(&pin_dir, &name, port, wanted, keep, redirects)
             };
             loader.run(load).await?
         });
         self.stage = Stage::Loading { loading, takes_over };
+    }
+
+    /// The plane `sockmap`, once, when it is loaded. What becomes of it is to be told by [`Kernel::redirects`].
+    pub fn take_sockmap(&mut self) -> Option<Result<(Sockmap, Announcements), String>> {
+        match &mut self.stage {
+            Stage::Loaded(loaded) => loaded.sockmap.take(),
+            Stage::Unused | Stage::Loading { .. } | Stage::Refused => None,
+        }
+    }
+
+    /// The plane moves flows by the kernel from now on, or cannot: one line of log.
+    pub fn redirects(&mut self, result: Result<(), String>) {
+        match result {
+            Ok(()) => self.redirecting.used(),
+            Err(reason) => self.redirecting.refused(reason, false),
+        }
+    }
+
+    /// Why the proxy's flows are not moved as they should be, in a few words; `None`: they are.
+    #[must_use]
+    pub fn forward_obstacle(&self) -> Option<String> {
+        self.redirecting.obstacle()
+    }
+
+    /// The way by which the kernel moves the proxy's flows or will, as far as is known.
+    #[must_use]
+    pub fn redirection(&self) -> Option<Redirection> {
+        self.redirecting.wanted()
+    }
+
+    /// What the options have against the plane that they ask for: one line of log.
+    pub fn tell_contradiction(&self) {
+        self.redirecting.tell_contradiction();
     }
 
     /// Whether the listen hook sees every listen.
@@ -238,6 +290,7 @@ impl Kernel {
                 info!("readiness by retried connects, no listen hook: {error:#}");
                 self.obstacle.get_or_insert_with(|| format!("{error:#}"));
                 self.stage = Stage::Refused;
+                self.redirecting.refused(format!("{error:#}"), true);
             }
         }
         self.search = Search::Due;
@@ -320,7 +373,7 @@ impl Kernel {
             Some((ebpf::socket_address(&endpoint)?.to_string(), steered))
         });
         let listens = self.backend.port().and_then(|port| listen_hook::listens(&loaded.object, port).ok());
-        KernelCounters { service, public: public.collect(), listens }
+        KernelCounters { service, public: public.collect(), listens, proxied: None }
     }
 
     /// Brings the counters of handed-off flows up to date for somebody who looks, at most once in [`LOOK_PAUSE`].
@@ -500,15 +553,19 @@ impl Kernel {
 
 impl Loaded {
     /// Loads the object and attaches the listen hook for `port`. `wanted`: what the hand-off needs to know, or why there
-    /// will be none.
+    /// will be none. `redirects`: how the kernel is to move flows, and how many at most, if it is. That it does not is no error.
     fn new(
         pin_dir: &Path,
         name: &str,
         port: u16,
         wanted: Result<Wanted, String>,
         keep_flows: bool,
+        redirects: Option<(Redirection, usize)>,
     ) -> anyhow::Result<Self> {
-        let mut object = Object::load(pin_dir, name)?;
+        let layout = redirects.map(|_| ebpf::layout_for_sockmap());
+        let known = layout.as_ref().and_then(|layout| layout.as_ref().ok()).copied();
+        let mut object =
+            Object::load_for(pin_dir, name, known, redirects.map_or(0, |(_, flows_max)| flows_max))?;
         object.keep_flows(keep_flows);
         // Before anything is counted.
         let wanted = wanted.and_then(|wanted| {
@@ -520,6 +577,25 @@ impl Loaded {
             Handoff::prepare(&mut object, &wanted.public, &wanted.backend)
                 .map_err(|error| format!("{error:#}"))
         });
-        Ok(Self { handoff, hook, object })
+        let sockmap = layout.zip(redirects).map(|(layout, (wanted, _))| {
+            layout.and_then(|_| prepare_sockmap(&mut object, wanted)).map_err(|error| format!("{error:#}"))
+        });
+        Ok(Self { handoff, sockmap, hook, object })
     }
+}
+
+/// Prepares the plane `sockmap` as far as this kernel can be trusted with it. Who asks for it by name gets it with a warning.
+fn prepare_sockmap(object: &mut Object, wanted: Redirection) -> anyhow::Result<(Sockmap, Announcements)> {
+    let fault = sockmap::known_fault();
+    if wanted == Redirection::Best
+        && let Some(fault) = fault
+    {
+        bail!("{fault}; `--plane sockmap` uses it all the same");
+    }
+    let prepared = Sockmap::prepare(object, wanted)?;
+    let unnoticed = if wanted == Redirection::Ends { prepared.0.queued_bytes_are_told() } else { Ok(()) };
+    for warning in fault.into_iter().chain(unnoticed.err()) {
+        warn!("{warning}; it is used all the same, because it was asked for");
+    }
+    Ok(prepared)
 }

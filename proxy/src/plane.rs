@@ -12,6 +12,7 @@ pub mod choose;
 pub mod copy;
 pub mod forward;
 pub mod handoff;
+pub mod sockmap;
 pub mod splice;
 
 /// One client connection with its backend connection, both connected stream sockets.

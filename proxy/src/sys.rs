@@ -6,6 +6,8 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
 
 use rustix::ioctl::{Getter, Opcode, ioctl};
 use rustix::process::{Resource, Rlimit, Signal};
@@ -120,6 +122,160 @@ pub fn send_queue_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
     // SAFETY: a getter touches no memory but its own output, and `socket` is open for as long as it is borrowed.
     let bytes = unsafe { ioctl(socket, request) }?;
     Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
+/// How many bytes have been written to `socket`, counted from some fixed point: those that the peer has acknowledged
+/// (`tcpi_bytes_acked`, Linux 4.2) and those that it has not, tcp(7).
+///
+/// # Errors
+/// `socket` is no TCP socket, or so many acknowledgements come that no moment was without.
+pub fn written_position(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    const ATTEMPTS_MAX: usize = 8;
+    let mut acked = bytes_acked(socket)?;
+    for _ in 0..ATTEMPTS_MAX {
+        let queued = send_queue_bytes(socket)? as u64;
+        let before = std::mem::replace(&mut acked, bytes_acked(socket)?);
+        if before == acked {
+            return Ok(acked + queued);
+        }
+    }
+    Err(io::ErrorKind::WouldBlock.into())
+}
+
+/// Whether the TCP connection of `socket` is over: both FINs were acknowledged, or it was reset.
+#[must_use]
+pub fn is_closed(socket: BorrowedFd<'_>) -> bool {
+    /// `TCP_CLOSE`, as `tcpi_state` has it.
+    const CLOSED: u8 = 7;
+    tcp_info(socket).map_or(true, |[state, ..]| state == CLOSED)
+}
+
+fn bytes_acked(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    Ok(tcp_info(socket)?.last_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes)))
+}
+
+/// The first bytes of `struct tcp_info` (`include/uapi/linux/tcp.h`), from `tcpi_state` to `tcpi_bytes_acked`.
+fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<[u8; 128]> {
+    let mut info = [0; 128];
+    let mut size = libc::socklen_t::try_from(info.len()).unwrap_or(0);
+    // SAFETY: the kernel writes at most `size` bytes to `info`, which lives until the call returns.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut size,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(info) }
+}
+
+/// Lets a verdict program see what is queued at `socket` already (`SO_RCVLOWAT`, socket(7), whose change makes the kernel
+/// look at the queue: `tcp_set_rcvlowat`).
+///
+/// # Errors
+/// As `setsockopt(2)`.
+pub fn poke(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let one: c_int = 1;
+    let size = libc::socklen_t::try_from(size_of::<c_int>()).unwrap_or(0);
+    // SAFETY: the kernel reads `size` bytes of `one`, which lives until the call returns.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const one).cast(),
+            size,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Runs a classifier once, in the network namespace of this thread, with `frame` for a packet. Gives its answer.
+///
+/// # Errors
+/// As bpf(2), `BPF_PROG_TEST_RUN`.
+pub fn run_classifier(program: BorrowedFd<'_>, frame: &[u8]) -> io::Result<u32> {
+    /// `BPF_PROG_TEST_RUN` (`include/uapi/linux/bpf.h`).
+    const TEST_RUN: c_int = 10;
+    /// The member `test` of `union bpf_attr`, up to `batch_size`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Test {
+        program: c_int,
+        answer: u32,
+        data_size_in: u32,
+        data_size_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+        context_size_in: u32,
+        context_size_out: u32,
+        context_in: u64,
+        context_out: u64,
+        flags: u32,
+        cpu: u32,
+        batch_size: u32,
+        reserved: u32,
+    }
+    let mut test = Test {
+        program: program.as_raw_fd(),
+        data_size_in: u32::try_from(frame.len()).map_err(io::Error::other)?,
+        data_in: frame.as_ptr().expose_provenance() as u64,
+        repeat: 1,
+        ..Test::default()
+    };
+    // SAFETY: the kernel reads and writes `test`, and reads `data_size_in` bytes of `frame`; both live until the call
+    // returns.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, TEST_RUN, &raw mut test, size_of::<Test>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(test.answer) }
+}
+
+/// The entry of an eBPF array, as words that programs and this process read and add to.
+#[derive(Debug)]
+pub struct SharedWords {
+    memory: NonNull<AtomicU64>,
+    words: usize,
+}
+
+// SAFETY: the memory is of atomics, is mapped as long as this lives, and belongs to no thread.
+unsafe impl Send for SharedWords {}
+// SAFETY: as above.
+unsafe impl Sync for SharedWords {}
+
+impl SharedWords {
+    /// Maps the first entry of the array `map`, which was made with `BPF_F_MMAPABLE` (Linux 5.5) and whose entries have
+    /// `words` words, at most a page.
+    ///
+    /// # Errors
+    /// As mmap(2).
+    pub fn map(map: BorrowedFd<'_>, words: usize) -> io::Result<Self> {
+        let flags = rustix::mm::MapFlags::SHARED;
+        let access = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
+        // SAFETY: the kernel chooses a place that nobody uses; it refuses a length beyond the map.
+        let memory = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), words * size_of::<AtomicU64>(), access, flags, map, 0)
+        }?;
+        let memory = NonNull::new(memory.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { memory, words })
+    }
+
+    /// The words.
+    #[must_use]
+    pub fn words(&self) -> &[AtomicU64] {
+        // SAFETY: so many words are mapped, aligned to a page, as long as `self` lives; all bits are values.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.words) }
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        // SAFETY: it was mapped with this length, and nobody has a reference any more.
+        let _ =
+            unsafe { rustix::mm::munmap(self.memory.as_ptr().cast(), self.words * size_of::<AtomicU64>()) };
+    }
 }
 
 /// The cookie of the network namespace that this thread is in.

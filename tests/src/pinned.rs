@@ -120,7 +120,11 @@ pub fn wait_until_gone(held: &BTreeSet<(&'static str, u64)>) -> Result<()> {
     Ok(())
 }
 
-fn bpftool(arguments: &[&str]) -> Result<Value> {
+/// What `bpftool ARGUMENTS` says.
+///
+/// # Errors
+/// It is not there, or refuses.
+pub fn bpftool(arguments: &[&str]) -> Result<Value> {
     let output = Command::new("bpftool").arg("-j").args(arguments).output();
     let output = output.context("run bpftool (cargo xtask install as root)")?;
     let said = String::from_utf8_lossy(&output.stdout);

@@ -11,12 +11,16 @@
     reason = "tests fail by a panic"
 )]
 
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use drowse::accounting::Accounting;
+use drowse::ebpf::{Object, facts::BPFFS, layout};
 use drowse::plane::Plane;
+use drowse::plane::choose::Redirection;
 use drowse::plane::forward::{Forward, Mode};
+use drowse::plane::sockmap::Sockmap;
 
 use crate::isolated::isolated;
 
@@ -28,6 +32,7 @@ pub mod families;
 mod fixture;
 pub mod many;
 pub mod resets;
+pub mod short_cut;
 pub mod sleepers;
 pub mod streams;
 pub mod torn;
@@ -48,6 +53,26 @@ pub fn copy(accounting: Arc<Accounting>) -> Box<dyn Plane> {
 #[must_use]
 pub fn splice(accounting: Arc<Accounting>) -> Box<dyn Plane> {
     Box::new(Forward::new(Mode::Splice, WORKERS, accounting).unwrap())
+}
+
+/// The plane `sockmap`. Needs root, and namespaces of its own.
+#[must_use]
+pub fn sockmap(accounting: Arc<Accounting>) -> Box<dyn Plane> {
+    in_kernel(Redirection::Own, accounting)
+}
+
+/// The plane `sockmap-ends`. Needs root, and namespaces of its own.
+#[must_use]
+pub fn sockmap_ends(accounting: Arc<Accounting>) -> Box<dyn Plane> {
+    in_kernel(Redirection::Ends, accounting)
+}
+
+fn in_kernel(wanted: Redirection, accounting: Arc<Accounting>) -> Box<dyn Plane> {
+    let mut object = Object::load(Path::new(BPFFS), "planes", Some(layout().unwrap())).unwrap();
+    let (sockmap, announcements) = Sockmap::prepare(&mut object, wanted).unwrap();
+    let mut plane = Forward::new(Mode::Splice, WORKERS, accounting).unwrap();
+    plane.use_sockmap(sockmap, announcements).unwrap();
+    Box::new(plane)
 }
 
 /// Runs a test of a plane where this process is.
@@ -89,6 +114,7 @@ pub fn in_namespaces(test: fn(MakePlane), make: MakePlane) -> Result<()> {
 /// |---|---|---|
 /// | `everywhere` | what holds for each plane | nothing |
 /// | `asleep` | an uncongested flow wakes no thread of the plane (`forward-...`) | a plane that promises it |
+/// | `cut_short` | peers send straight to the other side | a plane that has them do it |
 /// | `alone` | what needs its own limits, ports, addresses or network namespaces | [`in_namespaces`] |
 #[macro_export]
 macro_rules! plane_tests {
@@ -164,6 +190,15 @@ macro_rules! plane_tests {
     (@set asleep) => {
         $crate::plane_tests! { @tests
             counters::uncongested_flow_costs_no_switches,
+        }
+    };
+    (@set cut_short) => {
+        $crate::plane_tests! { @tests
+            short_cut::both_directions_are_cut_short,
+            short_cut::an_edge_triggered_stream_is_cut_short,
+            short_cut::other_connections_of_the_backend_are_left_alone,
+            short_cut::a_peer_with_an_upper_layer_is_left_alone,
+            short_cut::the_probe_gives_an_answer,
         }
     };
     (@tests $($theme:ident::$test:ident,)+) => {

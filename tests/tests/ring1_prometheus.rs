@@ -236,10 +236,13 @@ fn the_documentation_lists_every_metric_as_it_is_served() -> Result<()> {
             };
             let of_it = |series: &&String| scrape.family_of(series).is_some_and(|(of, _)| of == name);
             let labels = scrape.samples.keys().find(of_it).map(|series| labels(series));
-            // Only with hand-off, which ring 2 has.
-            let labels = labels.unwrap_or_else(|| {
-                if name.ends_with("packets") { "address, verdict".into() } else { String::new() }
-            });
+            // Only with hand-off or redirection, which ring 2 has.
+            let of_ring_2 = || match name.as_str() {
+                "drowse_handoff_packets" => "address, verdict".to_owned(),
+                "drowse_redirection_bytes" => "direction, verdict".to_owned(),
+                _ => String::new(),
+            };
+            let labels = labels.unwrap_or_else(of_ring_2);
             vec![
                 format!("{name}{suffix}"),
                 family.kind.clone(),

@@ -430,8 +430,10 @@ fn check_names_every_fact_and_every_listener() -> Result<()> {
         let facts = found[key].as_array().unwrap().iter();
         facts.map(|fact| fact["subject"].as_str().unwrap().to_owned()).collect()
     };
-    ensure!(subjects("requirements") == ["object", "capabilities", "cgroup2", "bpffs", "kernel"], "{found}");
-    ensure!(subjects("planes") == ["handoff", "splice", "copy"], "{found}");
+    let requirements = ["object", "capabilities", "cgroup2", "bpffs", "perfmon", "btf", "kernel"];
+    ensure!(subjects("requirements") == requirements, "{found}");
+    let planes = ["handoff", "sockmap-ends", "sockmap", "splice", "copy"];
+    ensure!(subjects("planes") == planes, "{found}");
     let facts = ["requirements", "planes"].map(|key| found[key].as_array().unwrap().clone()).concat();
     for fact in &facts {
         let answer = fact["answer"].as_str().unwrap();
@@ -440,7 +442,7 @@ fn check_names_every_fact_and_every_listener() -> Result<()> {
     }
     let all_known = facts.iter().all(|fact| fact["answer"] != "unknown");
     ensure!(output.status.success() == all_known, "{output:?}");
-    ensure!(found["planes"][1]["answer"] == "yes" && found["planes"][2]["answer"] == "yes", "{found}");
+    ensure!(found["planes"][3]["answer"] == "yes" && found["planes"][4]["answer"] == "yes", "{found}");
     let listener = &found["listeners"][0];
     ensure!(listener["service"] == "echo" && listener["address"] == public(), "{found}");
     ensure!(listener["plane"] == "splice", "{found}");

@@ -82,7 +82,7 @@ struct Hook {
 
 impl Hook {
     fn attach(name: &str, ports: &[u16]) -> anyhow::Result<Self> {
-        let mut object = Object::load(Path::new(PIN_DIR), name)?;
+        let mut object = Object::load(Path::new(PIN_DIR), name, None)?;
         let events = ListenHook::attach(&mut object, ports)?;
         Ok(Self { events, object })
     }

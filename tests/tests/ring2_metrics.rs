@@ -6,7 +6,7 @@ use drowse::clock;
 use drowse_tests::deadline::{eventually, pause};
 use drowse_tests::isolated::isolated;
 use drowse_tests::pinned::{dump, steering_links, wait_until_open};
-use drowse_tests::process::{Drowse, SOON, connect_to};
+use drowse_tests::process::{Drowse, SOON, connect_to, echo};
 use drowse_tests::scrape::Scrape;
 use drowse_tests::whoami::{Client, handed_off};
 use drowse_tests::workspace;
@@ -126,14 +126,63 @@ fn the_metrics_are_what_bpftool_shows() -> Result<()> {
     })
 }
 
+#[test]
+fn the_metrics_of_what_the_kernel_moves_are_what_bpftool_shows() -> Result<()> {
+    isolated(|| {
+        let backend = backend();
+        let words = ["--listen", PUBLIC, "--backend", &backend, "--metrics", METRICS, "--plane", "sockmap"];
+        let _drowse = Drowse::run(&[&words[..], &["--name", NAME, "--", ECHO, &backend]].concat())?;
+        let mut open = connect_to(PUBLIC)?;
+        eventually("a flow that the kernel moves", SOON, || {
+            echo(&mut open, b"is it you")?;
+            // The programs are loaded beside the backend's start.
+            let Ok(counted) = entry("PROXIED") else { return Ok(None) };
+            Ok((number(&counted, "redirected_to_client")? > 0).then_some(()))
+        })?;
+        let mut over = connect_to(PUBLIC)?;
+        eventually("a second one", SOON, || {
+            echo(&mut over, b"and this")?;
+            Ok((number(&entry("PROXIED")?, "flows_total")? == 2).then_some(()))
+        })?;
+        drop(over);
+        eventually("the second flow to end", SOON, || {
+            let counted = entry("PROXIED")?;
+            Ok((number(&counted, "flows_open")? == 1 && number(&counted, "flows_total")? == 2).then_some(()))
+        })?;
+        let (redirected, passed) = ("verdict=\"redirected\"", "verdict=\"passed\"");
+        let (scrape, counted) = (Scrape::of(METRICS)?, entry("PROXIED")?);
+        for (metric, labels, field) in [
+            ("redirected_flows_open", vec![], "flows_open"),
+            ("redirected_flows_total", vec![], "flows_total"),
+            ("redirection_refused_flows_total", vec![], "refused_total"),
+            ("redirection_events_lost_total", vec![], "events_lost_total"),
+            ("redirection_peers_total", vec![], "peers_total"),
+            ("redirection_bytes_total", vec![TO_BACKEND, redirected], "redirected_to_backend"),
+            ("redirection_bytes_total", vec![TO_CLIENT, redirected], "redirected_to_client"),
+            ("redirection_bytes_total", vec![TO_BACKEND, passed], "passed_to_backend"),
+            ("redirection_bytes_total", vec![TO_CLIENT, passed], "passed_to_client"),
+        ] {
+            let (served, pinned) = (scrape.count(metric, &labels)?, number(&counted, field)?);
+            ensure!(served == pinned, "{metric} {labels:?}: {served}, {field}: {pinned}");
+        }
+        ensure!(number(&counted, "redirected_to_backend")? >= 9, "{counted}");
+        Ok(())
+    })
+}
+
 /// Everything that bpftool shows of these maps is in the reference, by its name.
 #[test]
 fn the_reference_has_every_field_of_every_map() -> Result<()> {
     isolated(|| {
         let _drowse = run(&[])?;
+        let mut proxied = Client::connect(PUBLIC)?;
         let _open = some_flows()?;
+        eventually("a flow that the kernel moves", SOON, || {
+            proxied.echo(b"is it you")?;
+            Ok((!dump(NAME, "TAKEN")?.is_empty()).then_some(()))
+        })?;
         let text = std::fs::read_to_string(workspace().join("docs/reference/maps.md"))?;
-        for map in ["SERVICE", "FLOWS", "PUBLIC", "LISTENS", "PORTS"] {
+        for map in ["SERVICE", "FLOWS", "PUBLIC", "LISTENS", "PORTS", "PROXIED", "DIRECTIONS", "TAKEN"] {
             let (_, section) =
                 text.split_once(&format!("\n## {map}\n")).with_context(|| format!("no {map}"))?;
             let section = section.split("\n## ").next().unwrap_or_default();

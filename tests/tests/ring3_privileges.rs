@@ -1,6 +1,7 @@
 //! What drowse may do as a service, and what others may do with it.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
 
 use anyhow::{Context, Result, ensure};
 use drowse_tests::deadline::eventually;
@@ -68,6 +69,28 @@ fn a_service_is_a_user_without_capabilities() -> Result<()> {
             installation.wait_asleep("echo")?;
         }
         Ok(())
+    })
+}
+
+/// The maps of sockets are written by descriptors that the service has, for each flow.
+#[test]
+fn a_service_without_capabilities_has_the_kernel_move_flows() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        installation.echo("", "DROWSE_PLANE=sockmap\n")?;
+        installation.ask()?;
+        let status = || installation.systemd.call(["drowse", "status", "echo"]);
+        let wait_for = |what: &str| {
+            eventually(what, SOON, || Ok(status()?.contains(what).then_some(())))
+                .with_context(|| status().unwrap_or_default())
+        };
+        wait_for("plane        sockmap; hand-off is off")?;
+        wait_for("proxied: 0 open")?;
+        let mut open = installation.connect()?;
+        eventually("a flow that the kernel moves", SOON, || {
+            open.write_all(b"how are you\n")?;
+            open.read_exact(&mut [0; 12])?;
+            Ok(status()?.contains("of these moved by the kernel: 1 open").then_some(()))
+        })
     })
 }
 

@@ -12,6 +12,8 @@ use rustix::fs::statfs;
 use rustix::thread::{CapabilitySet, capabilities};
 use serde::Serialize;
 
+use super::layout::KERNEL_BTF;
+
 /// Where the BPF file system is mounted by custom, and by systemd.
 pub const BPFFS: &str = "/sys/fs/bpf";
 
@@ -55,6 +57,10 @@ pub struct Availability {
     pub cgroup2: Fact,
     /// A BPF file system is mounted. Maps are pinned there; all but the hand-off works without.
     pub bpffs: Fact,
+    /// The process holds `CAP_PERFMON`. Only the plane sockmap needs it.
+    pub perfmon: Fact,
+    /// The kernel tells its types. Only the plane sockmap needs it.
+    pub btf: Fact,
 }
 
 impl Availability {
@@ -63,6 +69,13 @@ impl Availability {
     pub fn obstacle(&self) -> Option<&str> {
         let needed = [&self.object, &self.capabilities, &self.cgroup2];
         let missing = needed.into_iter().find(|fact| fact.answer == Answer::No);
+        missing.map(|fact| fact.reason.as_str())
+    }
+
+    /// What the plane sockmap needs beyond that and is certainly missing, in one line. `None`: trying is worth while.
+    #[must_use]
+    pub fn sockmap_obstacle(&self) -> Option<&str> {
+        let missing = [&self.perfmon, &self.btf].into_iter().find(|fact| fact.answer == Answer::No);
         missing.map(|fact| fact.reason.as_str())
     }
 }
@@ -78,6 +91,8 @@ pub fn availability() -> Availability {
             Err(error) => fact("cgroup2", Answer::No, format!("{error:#}")),
         },
         bpffs: bpffs(Path::new(BPFFS)),
+        perfmon: perfmon(),
+        btf: btf(Path::new(KERNEL_BTF)),
     }
 }
 
@@ -86,6 +101,15 @@ pub fn availability() -> Availability {
 pub fn kernel_version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+/// As [`kernel_version`], with the number of the stable release: zero if there is none.
+#[must_use]
+pub fn kernel_release(release: &str) -> Option<(u32, u32, u32)> {
+    let (major, minor) = kernel_version(release)?;
+    let numbers = release.split(|c: char| !c.is_ascii_digit() && c != '.').next()?;
+    let patch = numbers.split('.').nth(2).and_then(|patch| patch.parse().ok());
+    Some((major, minor, patch.unwrap_or(0)))
 }
 
 fn fact(subject: &'static str, answer: Answer, reason: impl Into<String>) -> Fact {
@@ -125,6 +149,37 @@ fn privileges() -> Fact {
             fact(subject, Answer::Yes, "CAP_BPF and CAP_NET_ADMIN")
         }
         Err(error) => fact(subject, Answer::Unknown, format!("capget failed: {error}")),
+    }
+}
+
+/// The programs of the plane sockmap read the kernel's own structures.
+fn perfmon() -> Fact {
+    let subject = "perfmon";
+    match capabilities(None) {
+        Ok(sets) if sets.effective.intersects(CapabilitySet::SYS_ADMIN | CapabilitySet::PERFMON) => {
+            fact(subject, Answer::Yes, "CAP_PERFMON")
+        }
+        Ok(_) => fact(
+            subject,
+            Answer::No,
+            "sockmap needs CAP_PERFMON, which is missing; run as root, or add it to AmbientCapabilities= in the unit",
+        ),
+        Err(error) => fact(subject, Answer::Unknown, format!("capget failed: {error}")),
+    }
+}
+
+fn btf(path: &Path) -> Fact {
+    let subject = "btf";
+    let shown = path.display();
+    match fs::File::open(path) {
+        Ok(_) => fact(subject, Answer::Yes, format!("the kernel's types are at {shown}")),
+        Err(error) => fact(
+            subject,
+            Answer::No,
+            format!(
+                "sockmap needs the kernel's types, {shown}: {error}; a kernel with CONFIG_DEBUG_INFO_BTF has it"
+            ),
+        ),
     }
 }
 
@@ -263,9 +318,20 @@ mod tests {
             capabilities: fact("capabilities", Answer::Unknown, "unknown"),
             cgroup2: yes("cgroup2"),
             bpffs: fact("bpffs", Answer::No, "none"),
+            perfmon: fact("perfmon", Answer::Unknown, "unknown"),
+            btf: yes("btf"),
         };
-        assert_eq!(found.obstacle(), None);
+        assert_eq!((found.obstacle(), found.sockmap_obstacle()), (None, None));
+        found.perfmon = fact("perfmon", Answer::No, "no perfmon");
+        assert_eq!((found.obstacle(), found.sockmap_obstacle()), (None, Some("no perfmon")));
         found.cgroup2 = fact("cgroup2", Answer::No, "no cgroup2");
         assert_eq!(found.obstacle(), Some("no cgroup2"));
+    }
+
+    #[test]
+    fn a_kernel_without_types_says_what_it_lacks() {
+        let found = btf(Path::new("/proc/no-such-file"));
+        assert_eq!(found.answer, Answer::No);
+        assert!(found.reason.contains("CONFIG_DEBUG_INFO_BTF"), "{}", found.reason);
     }
 }

@@ -1,4 +1,4 @@
-//! Which connections can be handed off, and why the others cannot.
+//! Which connections can be handed off, and why the others cannot; and which way the kernel moves those of the proxy.
 //!
 //! PURE. Owns: the rules. Must never: look anything up; facts come in, a choice or a reason in one line goes out.
 
@@ -49,11 +49,69 @@ impl Peculiarity {
     }
 }
 
+/// A way by which the kernel moves the flows that the proxy has accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Redirection {
+    /// What a socket of the proxy receives goes out of the other one.
+    Own,
+    /// The same, and what a program on this machine writes does not come to the proxy at all.
+    Ends,
+    /// The latter where nobody on this machine notices, else the former.
+    Best,
+}
+
+impl Redirection {
+    /// Its word on the command line.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Own | Self::Best => "sockmap",
+            Self::Ends => "sockmap-ends",
+        }
+    }
+}
+
+/// What `--plane auto` and `--plane handoff` take for the flows that the proxy has accepted; `None` is splice.
+///
+/// Medians of 3 rounds of 64 B requests on two processors, client and backend among them, against splice: at a fixed rate of
+/// 20,000 a second sockmap answers 19 % sooner in the median, at the 99th percentile alike, and the whole machine takes as
+/// much processor time within 8 % either way, nearly none of it in the proxy, which wakes up for a flow no more. At saturation
+/// splice has 15 to 50 % more requests. A machine is rarely saturated by requests: the first counts.
+const BEST: Option<Redirection> = Some(Redirection::Best);
+
+/// The way that is wanted, as far as the options tell; `None`: the proxy moves the bytes itself.
+///
+/// # Errors
+/// There is nothing that the kernel could move, or it may not: the reason.
+pub fn redirection(run: &RunArgs, listeners: &[ListenerFacts]) -> Result<Option<Redirection>, String> {
+    let wanted = match run.plane {
+        PlaneChoice::Auto | PlaneChoice::Handoff => BEST,
+        PlaneChoice::Sockmap => Some(Redirection::Own),
+        PlaneChoice::SockmapEnds => Some(Redirection::Ends),
+        PlaneChoice::Splice | PlaneChoice::Copy => None,
+    };
+    if wanted.is_none() {
+        return Ok(None);
+    }
+    if run.ebpf == Switch::Off {
+        return Err("--ebpf off: it is done by eBPF programs".to_owned());
+    }
+    if matches!(run.backend, Address::Unix(_) | Address::Abstract(_)) {
+        return Err(format!("the backend's address {} is a unix socket", run.backend));
+    }
+    if listeners.iter().all(|listener| listener.address.is_none()) {
+        return Err("every listener is a unix socket".to_owned());
+    }
+    Ok(wanted)
+}
+
 /// Why nothing is handed off, as far as the options tell.
 #[must_use]
 pub fn obstacle(run: &RunArgs) -> Option<String> {
     match run.plane {
         PlaneChoice::Auto | PlaneChoice::Handoff => {}
+        PlaneChoice::Sockmap => return Some("--plane sockmap was asked for".to_owned()),
+        PlaneChoice::SockmapEnds => return Some("--plane sockmap-ends was asked for".to_owned()),
         PlaneChoice::Splice => return Some("--plane splice was asked for".to_owned()),
         PlaneChoice::Copy => return Some("--plane copy was asked for".to_owned()),
     }
@@ -159,6 +217,8 @@ mod tests {
         for options in [
             &["--plane", "splice"][..],
             &["--plane", "copy"],
+            &["--plane", "sockmap"],
+            &["--plane", "sockmap-ends"],
             &["--ebpf", "off"],
             &["--proxy-protocol", "v1"],
             &["--connections-max", "5"],
@@ -169,6 +229,32 @@ mod tests {
         }
         let unix = RunArgs { backend: "/run/x.sock".parse().unwrap(), ..run(&[]) };
         assert!(obstacle(&unix).unwrap().contains("/run/x.sock is a unix socket"));
+    }
+
+    #[test]
+    fn the_kernel_moves_what_is_tcp_on_both_sides() {
+        let tcp = [listener("127.0.0.1:80")];
+        let unix = ListenerFacts { address: None, ..tcp[0].clone() };
+        for (plane, wanted) in [
+            ("auto", BEST),
+            ("handoff", BEST),
+            ("sockmap", Some(Redirection::Own)),
+            ("sockmap-ends", Some(Redirection::Ends)),
+            ("splice", None),
+            ("copy", None),
+        ] {
+            let run = run(&["--plane", plane]);
+            assert_eq!(redirection(&run, &tcp), Ok(wanted), "{plane}");
+            if let Some(wanted) = wanted {
+                assert!(plane == wanted.word() || !plane.starts_with("sockmap"), "{plane}");
+                let off = RunArgs { ebpf: Switch::Off, ..run.clone() };
+                assert!(redirection(&off, &tcp).unwrap_err().contains("--ebpf off"), "{plane}");
+                let to_unix = RunArgs { backend: "/run/x.sock".parse().unwrap(), ..run.clone() };
+                assert!(redirection(&to_unix, &tcp).unwrap_err().contains("/run/x.sock is a unix"));
+                let from_unix = std::slice::from_ref(&unix);
+                assert!(redirection(&run, from_unix).unwrap_err().contains("every listener"), "{plane}");
+            }
+        }
     }
 
     #[test]

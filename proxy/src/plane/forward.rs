@@ -15,13 +15,18 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use self::announcer::Announcer;
 use self::flow::{LiveFlow, Ticket};
 use self::worker::Worker;
+use super::sockmap::{Announcements, Sockmap};
 use super::{Flow, Plane};
 use crate::accounting::Accounting;
 
+mod announcer;
 mod direction;
 mod flow;
+mod redirected;
+mod short_cut;
 mod worker;
 
 /// How the bytes are moved.
@@ -33,6 +38,41 @@ pub enum Mode {
     Splice,
 }
 
+/// Which of a flow's two sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Client,
+    Backend,
+}
+
+/// What a socket of a flow is called in events: its worker, its flow, its side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Token(u64);
+
+impl Token {
+    const WORKER_SHIFT: u32 = 48;
+
+    fn new(worker: usize, flow: u64, side: Side) -> Self {
+        let side = match side {
+            Side::Client => 0,
+            Side::Backend => 1,
+        };
+        Self((worker as u64) << Self::WORKER_SHIFT | flow << 1 | side)
+    }
+
+    fn worker(self) -> usize {
+        usize::try_from(self.0 >> Self::WORKER_SHIFT).unwrap_or(usize::MAX)
+    }
+
+    fn flow(self) -> u64 {
+        (self.0 & ((1 << Self::WORKER_SHIFT) - 1)) >> 1
+    }
+
+    fn side(self) -> Side {
+        if self.0 & 1 == 0 { Side::Client } else { Side::Backend }
+    }
+}
+
 /// What a worker is asked to do.
 #[derive(Debug)]
 enum Command {
@@ -40,6 +80,10 @@ enum Command {
     ResetAll,
     BackendGone,
     CloseSilent(Duration),
+    /// There is a way into the kernel.
+    Sockmap(Arc<Sockmap>),
+    /// The kernel began to pass bytes of a direction.
+    Passing(Token),
     #[cfg(test)]
     Panic,
 }
@@ -66,9 +110,13 @@ impl Inbox {
     }
 
     fn wake(&self) {
-        // It fails only when 2^64 - 2 wake-ups were counted.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+        wake(&self.wake);
     }
+}
+
+fn wake(eventfd: &OwnedFd) {
+    // It fails only when 2^64 - 2 wake-ups were counted.
+    let _ = rustix::io::write(eventfd, &1_u64.to_ne_bytes());
 }
 
 /// A plane made of worker threads. When it is dropped, the threads end and open flows are reset.
@@ -77,6 +125,10 @@ pub struct Forward {
     mode: Mode,
     accounting: Arc<Accounting>,
     workers: Vec<Inbox>,
+    /// Once the kernel moves flows. Dropped before the workers.
+    announcer: Option<Announcer>,
+    /// Peers send straight to the other side.
+    cuts_short: bool,
 }
 
 impl Forward {
@@ -93,11 +145,17 @@ impl Forward {
                 ),
             ));
         }
-        let mut plane = Self { mode, accounting, workers: Vec::with_capacity(workers) };
+        let mut plane = Self {
+            mode,
+            accounting,
+            workers: Vec::with_capacity(workers),
+            announcer: None,
+            cuts_short: false,
+        };
         for index in 0..workers {
             let (commands, receiver) = mpsc::channel();
             let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-            let worker = Worker::new(&wake, receiver, mode)?;
+            let worker = Worker::new(&wake, receiver, mode, index)?;
             let thread =
                 std::thread::Builder::new().name(format!("forward-{index}")).spawn(move || worker.run())?;
             plane.workers.push(Inbox {
@@ -109,11 +167,30 @@ impl Forward {
         }
         Ok(plane)
     }
+
+    /// From now on flows are moved by the kernel where it takes them, those that are open as soon as they are calm.
+    ///
+    /// # Errors
+    /// The thread that listens to the kernel cannot be started; then nothing has changed.
+    pub fn use_sockmap(&mut self, sockmap: Sockmap, announcements: Announcements) -> io::Result<()> {
+        let workers =
+            self.workers.iter().filter_map(|inbox| Some((inbox.commands.clone()?, Arc::clone(&inbox.wake))));
+        self.announcer = Some(Announcer::start(announcements, workers.collect())?);
+        self.cuts_short = sockmap.cuts_short();
+        self.accounting.count_redirected(sockmap.counters());
+        let sockmap = Arc::new(sockmap);
+        for inbox in &self.workers {
+            inbox.send(Command::Sockmap(Arc::clone(&sockmap)));
+        }
+        Ok(())
+    }
 }
 
 impl Plane for Forward {
     fn name(&self) -> &'static str {
         match self.mode {
+            _ if self.announcer.is_some() && self.cuts_short => "sockmap-ends",
+            _ if self.announcer.is_some() => "sockmap",
             Mode::Copy => "copy",
             Mode::Splice => "splice",
         }
@@ -148,6 +225,7 @@ impl Plane for Forward {
 
 impl Drop for Forward {
     fn drop(&mut self) {
+        self.announcer = None;
         for inbox in &mut self.workers {
             inbox.commands = None;
             inbox.wake();

@@ -11,7 +11,9 @@ use rustix::pipe::{SpliceFlags, pipe, splice};
 use serde::Serialize;
 
 use crate::config::LookArgs;
-use crate::ebpf::{Answer, Availability, Fact, availability, kernel_version};
+use crate::ebpf::{Answer, Availability, Fact, Object, availability, kernel_version, layout_for_sockmap};
+use crate::plane::choose::Redirection;
+use crate::plane::sockmap::{self, Sockmap};
 use crate::report::control::{self, Service};
 use crate::report::text::table;
 use crate::report::{Said, status};
@@ -39,7 +41,7 @@ pub struct Listener {
     pub service: String,
     /// The listener's address, with systemd's name for it.
     pub address: String,
-    /// The plane of its connections: `handoff`, `splice` or `copy`.
+    /// The plane of its connections: `handoff`, `sockmap`, `splice` or `copy`.
     pub plane: String,
     /// Why it is not handed off. `null`: it is, or nobody said.
     pub reason: Option<String>,
@@ -51,7 +53,10 @@ pub struct Listener {
 /// A directory with status sockets cannot be read.
 pub async fn check(args: &LookArgs) -> anyhow::Result<Said> {
     let services = control::ask_all(&control::directories(args.runtime_dir.as_deref()), |_| true).await?;
-    let findings = findings(&availability(), handoff_facts(), splice_fact(), &services);
+    let available = availability();
+    let sockmap = sockmap_fact(&available);
+    let proxying = [sockmap_ends_fact(&sockmap), sockmap, splice_fact()];
+    let findings = findings(&available, handoff_facts(), proxying, &services);
     let facts = findings.requirements.iter().chain(&findings.planes);
     let unknown = facts.filter(|fact| fact.answer == Answer::Unknown).count();
     let answer = if args.json {
@@ -67,7 +72,7 @@ pub async fn check(args: &LookArgs) -> anyhow::Result<Said> {
 #[must_use]
 pub fn handoff_facts() -> Vec<Fact> {
     let release = rustix::system::uname();
-    let Availability { object, capabilities, bpffs, cgroup2 } = availability();
+    let Availability { object, capabilities, bpffs, cgroup2, .. } = availability();
     vec![kernel(&release.release().to_string_lossy()), object, capabilities, cgroup2, bpffs]
 }
 
@@ -82,6 +87,49 @@ fn kernel(release: &str) -> Fact {
         None => (Answer::Unknown, format!("the release '{release}' is no version")),
     };
     Fact { subject: "kernel", answer, reason }
+}
+
+/// Whether the kernel moves the flows of a proxy, by what it needs and then by trying: programs are loaded, and unloaded.
+fn sockmap_fact(available: &Availability) -> Fact {
+    let Availability { object, capabilities, cgroup2, perfmon, btf, bpffs: _ } = available;
+    let needed = [object, capabilities, cgroup2, perfmon, btf];
+    let (answer, reason) = match needed.into_iter().find(|fact| fact.answer == Answer::No) {
+        Some(missing) => (Answer::No, format!("{}: {}", missing.subject, missing.reason)),
+        None => match try_sockmap() {
+            Ok(()) => match sockmap::known_fault() {
+                None => {
+                    (Answer::Yes, "the kernel redirects from socket to socket, as its probes say".to_owned())
+                }
+                Some(fault) => (Answer::Unknown, fault),
+            },
+            Err(error) => (Answer::No, format!("{error:#}")),
+        },
+    };
+    Fact { subject: "sockmap", answer, reason }
+}
+
+fn try_sockmap() -> anyhow::Result<()> {
+    let mut object = Object::load_to_try(layout_for_sockmap()?)?;
+    Sockmap::prepare(&mut object, Redirection::Own).map(drop)
+}
+
+/// Whether programs on this machine can send past the proxy without noticing. It is there on demand if they can notice.
+fn sockmap_ends_fact(sockmap: &Fact) -> Fact {
+    let (answer, reason) = match (sockmap.answer, try_sockmap_ends()) {
+        (Answer::No | Answer::Unknown, _) => (sockmap.answer, "it needs what sockmap needs".to_owned()),
+        (Answer::Yes, Ok(())) => (Answer::Yes, "local programs send straight to the other side".to_owned()),
+        (Answer::Yes, Err(error)) => (
+            Answer::No,
+            format!("{error:#}; programs that do not mind may still have it by --plane sockmap-ends"),
+        ),
+    };
+    Fact { subject: "sockmap-ends", answer, reason }
+}
+
+fn try_sockmap_ends() -> anyhow::Result<()> {
+    let mut object = Object::load_to_try(layout_for_sockmap()?)?;
+    let (sockmap, _announcements) = Sockmap::prepare(&mut object, Redirection::Ends)?;
+    sockmap.queued_bytes_are_told().map_err(anyhow::Error::msg)
 }
 
 /// Whether splice(2) works here, by moving a byte.
@@ -116,15 +164,17 @@ fn splice_a_byte() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn findings(available: &Availability, handoff: Vec<Fact>, splice: Fact, services: &[Service]) -> Findings {
-    let mut requirements = [&available.object, &available.capabilities, &available.cgroup2, &available.bpffs]
-        .map(Fact::clone)
-        .to_vec();
-    let planes = vec![
-        plane(&handoff),
-        splice,
-        Fact { subject: "copy", answer: Answer::Yes, reason: "needs nothing".into() },
-    ];
+fn findings(
+    available: &Availability,
+    handoff: Vec<Fact>,
+    proxying: [Fact; 3],
+    services: &[Service],
+) -> Findings {
+    let Availability { object, capabilities, cgroup2, bpffs, perfmon, btf } = available;
+    let mut requirements = [object, capabilities, cgroup2, bpffs, perfmon, btf].map(Fact::clone).to_vec();
+    let mut planes = vec![plane(&handoff)];
+    planes.extend(proxying);
+    planes.push(Fact { subject: "copy", answer: Answer::Yes, reason: "needs nothing".into() });
     for fact in handoff {
         if requirements.iter().all(|known| known.subject != fact.subject) {
             requirements.push(fact);
@@ -204,6 +254,8 @@ mod tests {
                 bpffs,
                 "no BPF file system at /sys/fs/bpf: `mount -t bpf bpf /sys/fs/bpf` as root",
             ),
+            perfmon: fact("perfmon", Answer::No, "sockmap needs CAP_PERFMON, which is missing"),
+            btf: fact("btf", Answer::Yes, "the kernel's types"),
         }
     }
 
@@ -240,10 +292,16 @@ mod tests {
     fn the_text_names_every_fact_once_within_eighty_columns() {
         let available = available(Answer::No);
         let handoff = vec![kernel("6.1.0"), available.bpffs.clone()];
-        let found = findings(&available, handoff, splice_fact(), &[]);
+        let sockmap = sockmap_fact(&available);
+        let proxying = [sockmap_ends_fact(&sockmap), sockmap, splice_fact()];
+        let found = findings(&available, handoff, proxying, &[]);
+        assert_eq!((found.planes[2].subject, found.planes[2].answer), ("sockmap", Answer::No));
         let text = text(&found);
         assert!(text.lines().all(|line| line.chars().count() <= WIDTH), "{text}");
-        for subject in ["object", "capabilities", "cgroup2", "bpffs", "kernel", "handoff", "splice", "copy"] {
+        let requirements = ["object", "capabilities", "cgroup2", "bpffs", "perfmon", "btf", "kernel"];
+        for subject in
+            requirements.into_iter().chain(["handoff", "sockmap-ends", "sockmap", "splice", "copy"])
+        {
             assert_eq!(
                 text.lines().filter(|line| line.split(' ').next() == Some(subject)).count(),
                 1,

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use drowse_ebpf::{Listens, Service, Steered};
+use drowse_ebpf::{Listens, Proxied, Service, Steered};
 use serde::{Deserialize, Serialize};
 
 use crate::activation::REASONS;
@@ -23,6 +23,8 @@ pub struct KernelCounters {
     pub public: Vec<(String, Steered)>,
     /// What the listen hook saw at the backend's port. None: there is no hook.
     pub listens: Option<Listens>,
+    /// Flows of the proxy that the kernel moves. None: it moves none.
+    pub proxied: Option<Proxied>,
 }
 
 /// See the module. All since the start of this drowse, unless said otherwise.
@@ -49,6 +51,48 @@ pub struct Counters {
     pub public: Vec<PublicCounters>,
     /// What the listen hook saw. `null`: there is none.
     pub listens: Option<ListenCounters>,
+    /// Flows that come to drowse and that the kernel moves (sockmap). `null`: it moves none.
+    #[serde(default)]
+    pub redirected: Option<RedirectedCounters>,
+}
+
+/// Flows that come to drowse, and what the kernel does of them. They are part of the proxied flows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RedirectedCounters {
+    /// Open flows that the kernel moves, or has moved.
+    pub flows_open: u64,
+    /// Since the start of this drowse, open ones included.
+    pub flows_total: u64,
+    /// Flows that were left to user space, because the kernel does not take their sockets or has no room.
+    pub refused_total: u64,
+    /// Bytes to the backend that the kernel moved.
+    pub redirected_to_backend: u64,
+    /// Bytes to clients that the kernel moved.
+    pub redirected_to_client: u64,
+    /// Bytes to the backend that it passed to drowse, because the backend did not keep up.
+    pub passed_to_backend: u64,
+    /// Bytes to clients that it passed to drowse, because the client did not keep up.
+    pub passed_to_client: u64,
+    /// Times that it began to pass and could not say so, because the ring buffer was full.
+    pub events_lost_total: u64,
+    /// Peers that were let send straight to the other side (sockmap-ends).
+    pub peers_total: u64,
+}
+
+impl From<Proxied> for RedirectedCounters {
+    fn from(proxied: Proxied) -> Self {
+        Self {
+            flows_open: proxied.flows_open,
+            flows_total: proxied.flows_total,
+            refused_total: proxied.refused_total,
+            redirected_to_backend: proxied.redirected_to_backend,
+            redirected_to_client: proxied.redirected_to_client,
+            passed_to_backend: proxied.passed_to_backend,
+            passed_to_client: proxied.passed_to_client,
+            events_lost_total: proxied.events_lost_total,
+            peers_total: proxied.peers_total,
+        }
+    }
 }
 
 /// What became of new connections to a public address while hand-off was on.
@@ -85,7 +129,7 @@ impl Counters {
     pub fn with(&self, kernel: &KernelCounters, last_activity: Monotonic, now: Monotonic) -> Self {
         let ago_s = |at: Monotonic| (!at.is_zero()).then(|| super::snapshot::seconds(now.saturating_sub(at)));
         let nanos_ago_s = |at_ns: u64| ago_s(Duration::from_nanos(at_ns));
-        let KernelCounters { service, public, listens } = kernel;
+        let KernelCounters { service, public, listens, proxied } = kernel;
         Self {
             last_activity_ago_s: ago_s(last_activity),
             handed_off_bytes_to_backend: service.bytes_to_backend,
@@ -105,6 +149,7 @@ impl Counters {
                 events_lost_total: listens.events_lost_total,
                 last_ago_s: nanos_ago_s(listens.last_listen_ns),
             }),
+            redirected: proxied.map(RedirectedCounters::from),
             ..self.clone()
         }
     }

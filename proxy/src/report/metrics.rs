@@ -13,7 +13,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::activation::REASONS;
-use crate::report::counters::OTHER;
+use crate::report::counters::{OTHER, RedirectedCounters};
 use crate::report::snapshot::{HandoffState, Snapshot, StateName};
 
 /// What [`encode`] returns, as HTTP names it.
@@ -93,6 +93,7 @@ impl Collector for Page {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         self.service(&mut encoder)?;
         self.flows(&mut encoder)?;
+        self.redirection(&mut encoder)?;
         self.activation(&mut encoder)?;
         self.kernel(&mut encoder)
     }
@@ -175,6 +176,61 @@ impl Page {
             "When a flow last opened, closed or moved a byte, unix time. No value: never.",
         );
         self.moment(page, &last, counters.last_activity_ago_s)
+    }
+
+    /// What the kernel does of the proxied flows; without value where it moves none.
+    fn redirection(&self, page: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let counted = self.snapshot.counters.redirected;
+        let one = |value: fn(RedirectedCounters) -> u64| counted.map(|counted| (NONE, value(counted)));
+        Family(
+            "redirected_flows_open",
+            None,
+            "Open proxied flows whose bytes the kernel moves. No value: it moves none (plane sockmap).",
+        )
+        .gauges(page, one(|counted| counted.flows_open))?;
+        Family(
+            "redirected_flows",
+            None,
+            "Of the proxied flows those whose bytes the kernel moves, or moved.",
+        )
+        .counters(page, one(|counted| counted.flows_total))?;
+        Family(
+            "redirection_refused_flows",
+            None,
+            "Proxied flows that the kernel does not take, or has no room for.",
+        )
+        .counters(page, one(|counted| counted.refused_total))?;
+        let bytes = counted.into_iter().flat_map(|counted| {
+            [
+                ("to_backend", "redirected", counted.redirected_to_backend),
+                ("to_client", "redirected", counted.redirected_to_client),
+                ("to_backend", "passed", counted.passed_to_backend),
+                ("to_client", "passed", counted.passed_to_client),
+            ]
+        });
+        Family(
+            "redirection",
+            Some(Unit::Bytes),
+            "Bytes of these flows: redirected by the kernel, or passed to drowse since the receiver did not keep up.",
+        )
+        .counters(
+            page,
+            bytes.map(|(direction, verdict, bytes)| {
+                (vec![("direction", direction), ("verdict", verdict)], bytes)
+            }),
+        )?;
+        Family(
+            "redirection_events_lost",
+            None,
+            "Times that the kernel began to pass bytes and could not tell drowse at once.",
+        )
+        .counters(page, one(|counted| counted.events_lost_total))?;
+        Family(
+            "redirection_peers",
+            None,
+            "Peers of these flows that were let send straight to the other side.",
+        )
+        .counters(page, one(|counted| counted.peers_total))
     }
 
     fn activation(&self, page: &mut DescriptorEncoder<'_>) -> fmt::Result {

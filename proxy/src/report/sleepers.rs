@@ -310,7 +310,7 @@ fn snapshot(facts: &Facts, now: Monotonic, wall: Wall) -> Snapshot {
         activations_total: 0,
         failures_total: 0,
         last_failure: None,
-        plane: PlaneView { forward: facts.plane.clone(), handoff: HandoffView::default() },
+        plane: PlaneView { forward: facts.plane.clone(), reason: None, handoff: HandoffView::default() },
         counters: Counters::default(),
     }
 }

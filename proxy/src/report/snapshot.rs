@@ -222,8 +222,11 @@ pub struct LastFailure {
 /// How bytes travel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlaneView {
-    /// The plane of flows that drowse itself moves: `splice` or `copy`.
+    /// The plane of flows that come to drowse: `sockmap`, `splice` or `copy`.
     pub forward: String,
+    /// Why it is not the one that was asked for, or the best, in one line. `null`: it is.
+    #[serde(default)]
+    pub reason: Option<String>,
     /// Whether new connections go to the backend without drowse.
     pub handoff: HandoffView,
 }
@@ -437,6 +440,8 @@ pub struct Sources<'a> {
     pub refused: Refused,
     /// The plane of flows that drowse moves.
     pub forward: &'a str,
+    /// Why it is not another.
+    pub forward_obstacle: Option<&'a str>,
     /// The hand-off.
     pub handoff: &'a HandoffView,
     /// What the kernel counted; its flows are in `totals`, too.
@@ -493,7 +498,11 @@ impl Snapshot {
                 message: failure.message.clone(),
                 ago_s: ago_s(*at),
             }),
-            plane: PlaneView { forward: from.forward.to_owned(), handoff: from.handoff.clone() },
+            plane: PlaneView {
+                forward: from.forward.to_owned(),
+                reason: from.forward_obstacle.map(str::to_owned),
+                handoff: from.handoff.clone(),
+            },
             counters: history.counters.with(from.kernel, totals.last_activity, now),
         }
     }
@@ -624,6 +633,7 @@ mod tests {
                 history: &self.history,
                 refused: Refused { may_not_wake: 3, too_many_of_source: 0 },
                 forward: "splice",
+                forward_obstacle: Some("no sockmap: no BTF"),
                 handoff: &self.handoff,
                 kernel: &KernelCounters::default(),
                 memory: Some(7 << 20),
@@ -783,6 +793,7 @@ mod tests {
         let mut json = serde_json::to_value(&snapshot).unwrap();
         assert_eq!(json["state"], "awake");
         assert_eq!(json["plane"]["handoff"]["state"], "off");
+        assert_eq!(json["plane"]["reason"], "no sockmap: no BTF");
         assert_eq!(json["refused"]["may_not_wake"], 3);
         json["later"] = 1.into();
         assert_eq!(serde_json::from_value::<Snapshot>(json.clone()).unwrap(), snapshot);
@@ -795,7 +806,7 @@ mod tests {
     fn a_listener_has_its_own_reason_before_the_common_one() {
         let mut handoff = HandoffView::off(["127.0.0.1:80", "[::1]:80"].into_iter(), Some("no bpffs".into()));
         let view = |handoff: &HandoffView| {
-            let plane = PlaneView { forward: "splice".into(), handoff: handoff.clone() };
+            let plane = PlaneView { forward: "splice".into(), reason: None, handoff: handoff.clone() };
             let of = |listener| (plane.of(listener).to_owned(), plane.why_not(listener).map(str::to_owned));
             handoff.listeners.iter().map(of).collect::<Vec<_>>()
         };

@@ -16,6 +16,7 @@ use crate::config::StatusArgs;
 use crate::ebpf::pin_name;
 use crate::report::Said;
 use crate::report::control::{self, Service, Silence};
+use crate::report::counters::RedirectedCounters;
 use crate::report::remembered::Today;
 use crate::report::sleepers::{self, Known, Place};
 use crate::report::snapshot::{FlowCount, HandoffState, Refused, Snapshot, Source};
@@ -268,6 +269,9 @@ fn whole(snapshot: &Snapshot) -> String {
     say("clients", format!("{} wait for the backend{}", snapshot.held, refused(snapshot.refused)));
     let count = |flows: FlowCount| format!("{} open, {} since the start of drowse", flows.open, flows.total);
     say("flows", format!("proxied: {}", count(snapshot.flows.proxied)));
+    if let Some(redirected) = &snapshot.counters.redirected {
+        say("", moved_by_the_kernel(redirected));
+    }
     say("", format!("handed off: {}", count(snapshot.flows.handed_off)));
     let Snapshot { bytes_to_backend, bytes_to_client, .. } = snapshot;
     say("bytes", format!("{bytes_to_backend} to the backend, {bytes_to_client} to clients"));
@@ -283,6 +287,19 @@ fn whole(snapshot: &Snapshot) -> String {
         say("listener", format!("{}: {}{reason}", listener.address, snapshot.plane.of(listener)));
     }
     text
+}
+
+/// What the kernel does of the proxied flows.
+fn moved_by_the_kernel(counted: &RedirectedCounters) -> String {
+    let RedirectedCounters { flows_open, flows_total, refused_total, .. } = counted;
+    let redirected = counted.redirected_to_backend + counted.redirected_to_client;
+    let passed = counted.passed_to_backend + counted.passed_to_client;
+    let refused =
+        if *refused_total > 0 { format!("; {refused_total} left to drowse") } else { String::new() };
+    format!(
+        "of these moved by the kernel: {flows_open} open, {flows_total} in all, {redirected} bytes redirected, {passed} \
+         passed to drowse{refused}"
+    )
 }
 
 /// Who was refused, if anybody was.
@@ -330,7 +347,10 @@ fn planes(snapshot: &Snapshot) -> String {
         HandoffState::Off => "off",
     };
     let reason = handoff.reason.as_ref().map_or_else(String::new, |reason| format!(": {reason}"));
-    format!("{}; hand-off is {state}{reason}", snapshot.plane.forward)
+    // What stands in the way of both is told once.
+    let told = |why: &&String| handoff.reason.as_ref().is_none_or(|reason| !why.ends_with(reason.as_str()));
+    let why = snapshot.plane.reason.as_ref().filter(told).map_or_else(String::new, |why| format!(" ({why})"));
+    format!("{}{why}; hand-off is {state}{reason}", snapshot.plane.forward)
 }
 
 /// How long something has lasted.
@@ -380,10 +400,41 @@ pub(super) mod tests {
             }),
             plane: PlaneView {
                 forward: "splice".into(),
+                reason: None,
                 handoff: HandoffView::off(["0.0.0.0:8080"].into_iter(), Some("no bpffs is mounted".into())),
             },
             counters: Counters::default(),
         }
+    }
+
+    #[test]
+    fn why_flows_are_moved_as_they_are_is_told_once() {
+        let mut snapshot = snapshot();
+        snapshot.plane.reason = Some("no sockmap: no bpffs is mounted".into());
+        assert_eq!(planes(&snapshot), "splice; hand-off is off: no bpffs is mounted");
+        snapshot.plane.reason = Some("no sockmap: CAP_PERFMON is missing".into());
+        let both = "splice (no sockmap: CAP_PERFMON is missing); hand-off is off: no bpffs is mounted";
+        assert_eq!(planes(&snapshot), both);
+    }
+
+    #[test]
+    fn what_the_kernel_moves_is_told_with_the_flows() {
+        let mut snapshot = snapshot();
+        let mut counted = RedirectedCounters {
+            flows_open: 2,
+            flows_total: 9,
+            redirected_to_backend: 100,
+            redirected_to_client: 23,
+            passed_to_client: 4,
+            ..RedirectedCounters::default()
+        };
+        snapshot.counters.redirected = Some(counted);
+        let line = "of these moved by the kernel: 2 open, 9 in all, 123 bytes redirected, 4 passed to drowse";
+        let flat = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let text = flat(whole(&snapshot));
+        assert!(text.contains(&format!("{line} handed off:")), "{text}");
+        counted.refused_total = 7;
+        assert_eq!(moved_by_the_kernel(&counted), format!("{line}; 7 left to drowse"));
     }
 
     fn service(answer: Result<Snapshot, Silence>) -> Service {

@@ -6,8 +6,8 @@ use std::time::Duration;
 use rustix::process::{Resource, getrlimit};
 
 use super::fixture::{
-    Bed, Endless, Kind, MIB, Pattern, SMALL_BUFFER, expect, expect_end, finish, limit_fds, pair, ping,
-    resident_bytes, send, send_until_full,
+    Bed, Endless, Kind, MIB, Patient, Pattern, SMALL_BUFFER, expect, expect_end, finish, limit_fds, pair,
+    ping, resident_bytes, send, send_until_full,
 };
 use super::{MakePlane, WORKERS};
 
@@ -109,7 +109,7 @@ pub fn one_busy_flow_does_not_starve_others(make: MakePlane) {
                     }
                     finish(sender);
                 });
-                scope.spawn(|| std::io::copy(&mut &*receiver, &mut std::io::sink()).unwrap());
+                scope.spawn(|| std::io::copy(&mut Patient(receiver), &mut std::io::sink()).unwrap());
             }
         }
         for _ in 0..50 {

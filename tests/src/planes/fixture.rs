@@ -102,12 +102,12 @@ impl Endless {
     }
 
     /// Receives what is in `range`.
-    pub fn expect(&self, mut socket: &Socket, range: Range<usize>) {
+    pub fn expect(&self, socket: &Socket, range: Range<usize>) {
         let mut buffer = vec![0; Self::PIECE];
         let mut position = range.start;
         while position < range.end {
             let room = buffer.len().min(range.end - position);
-            let count = socket.read(&mut buffer[..room]).unwrap();
+            let count = Patient(socket).read(&mut buffer[..room]).unwrap();
             assert!(count > 0, "the stream ended after {position} bytes");
             self.check(position, &buffer[..count]);
             position += count;
@@ -129,6 +129,8 @@ pub enum Kind {
     /// The near socket is of IPv6 and has IPv4 addresses.
     NearMapped,
     Mptcp,
+    /// The near socket knows MPTCP, the far one's listener is plain TCP.
+    NearMptcp,
     /// The near socket is plain TCP, the far one's listener knows MPTCP.
     FarMptcp,
 }
@@ -173,6 +175,7 @@ pub fn pair(kind: Kind) -> (Socket, Socket) {
         Kind::FarMapped => connect(TCP4, MAPPED),
         Kind::NearMapped => connect(MAPPED, TCP4),
         Kind::Mptcp => connect(MPTCP, MPTCP),
+        Kind::NearMptcp => connect(MPTCP, TCP4),
         Kind::FarMptcp => connect(TCP4, MPTCP),
     };
     for socket in [&near, &far] {
@@ -243,6 +246,22 @@ pub fn elapsed(since: clock::Monotonic) -> Duration {
     clock::now().saturating_sub(since)
 }
 
+/// Receives from a socket that blocks. One that is in a sockmap may say that there is nothing before its time is up
+/// (`tcp_bpf_recvmsg`).
+pub struct Patient<'a>(pub &'a Socket);
+
+impl Read for Patient<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let until = clock::now() + PATIENCE;
+        loop {
+            match self.0.read(buffer) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock && clock::now() < until => {}
+                result => return result,
+            }
+        }
+    }
+}
+
 pub fn send(mut socket: &Socket, bytes: &[u8]) {
     socket.write_all(bytes).unwrap();
 }
@@ -251,20 +270,20 @@ pub fn finish(socket: &Socket) {
     socket.shutdown(Shutdown::Write).unwrap();
 }
 
-pub fn expect(mut socket: &Socket, bytes: &[u8]) {
+pub fn expect(socket: &Socket, bytes: &[u8]) {
     let mut received = vec![0; bytes.len()];
-    socket.read_exact(&mut received).unwrap();
+    Patient(socket).read_exact(&mut received).unwrap();
     assert!(received == bytes, "other bytes arrived than were sent");
 }
 
-pub fn expect_end(mut socket: &Socket) {
-    assert_eq!(socket.read(&mut [0; 16]).unwrap(), 0, "a clean end");
+pub fn expect_end(socket: &Socket) {
+    assert_eq!(Patient(socket).read(&mut [0; 16]).unwrap(), 0, "a clean end");
 }
 
 /// Receives until the end, which must be a reset.
-pub fn until_reset(mut socket: &Socket) -> Vec<u8> {
+pub fn until_reset(socket: &Socket) -> Vec<u8> {
     let mut bytes = Vec::new();
-    let error = socket.read_to_end(&mut bytes).unwrap_err();
+    let error = Patient(socket).read_to_end(&mut bytes).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     bytes
 }
@@ -354,13 +373,13 @@ pub fn send_in_chunks(socket: &Socket, seed: u64, bytes: &[u8]) {
 }
 
 /// Receives in random chunks until the FIN.
-pub fn receive_in_chunks(mut socket: &Socket, seed: u64) -> Vec<u8> {
+pub fn receive_in_chunks(socket: &Socket, seed: u64) -> Vec<u8> {
     let mut random = Pattern(seed | 1);
     let mut bytes = Vec::new();
     let mut buffer = vec![0; 100 * KIB];
     loop {
         let limit = [10, KIB, 100 * KIB][random.below(3)];
-        let count = socket.read(&mut buffer[..=random.below(limit)]).unwrap();
+        let count = Patient(socket).read(&mut buffer[..=random.below(limit)]).unwrap();
         if count == 0 {
             return bytes;
         }

@@ -9,8 +9,8 @@ use rustix::event::PollFlags;
 
 use super::MakePlane;
 use super::fixture::{
-    Bed, KIB, Kind, MIB, PATIENCE, Pattern, eventually, expect, expect_end, finish, is_ready, ping, reset,
-    send, send_until_full, until_reset,
+    Bed, KIB, Kind, MIB, PATIENCE, Patient, Pattern, eventually, expect, expect_end, finish, is_ready, ping,
+    reset, send, send_until_full, until_reset,
 };
 
 fn reset_in_mid_stream(make: MakePlane, by_client: bool) {
@@ -96,7 +96,7 @@ pub fn last_answer_arrives_when_the_request_hits_the_reset(make: MakePlane) {
         bed.all_closed();
         let mut received = Vec::new();
         // The failed send may have reported the reset; the bytes are there nevertheless.
-        let _ = (&client).read_to_end(&mut received);
+        let _ = Patient(&client).read_to_end(&mut received);
         assert!(received == answer, "{} of {} bytes", received.len(), answer.len());
     }
 }

@@ -84,14 +84,14 @@ impl Writer {
     }
 }
 
-fn edges_of(socket: &Socket) -> OwnedFd {
+pub(super) fn edges_of(socket: &Socket) -> OwnedFd {
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
     let flags = epoll::EventFlags::OUT | epoll::EventFlags::ET;
     epoll::add(&epoll, socket, epoll::EventData::new_u64(0), flags).unwrap();
     epoll
 }
 
-fn await_edge(epoll: &OwnedFd) {
+pub(super) fn await_edge(epoll: &OwnedFd) {
     let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
     let patience = Timespec::try_from(PATIENCE).unwrap();
     let told = epoll::wait(epoll, &mut events, Some(&patience)).unwrap();

@@ -166,6 +166,8 @@ pub fn urgent_bytes_stay_in_the_stream(make: MakePlane) {
     let bulk = Pattern::bytes(14, 300 * KIB);
     let (client, backend) = bed.tcp();
     for (sender, receiver) in [(&client, &backend), (&backend, &client)] {
+        // What goes straight from peer to peer is as urgent there as it was here.
+        receiver.set_out_of_band_inline(bed.plane.name() == "sockmap-ends").unwrap();
         thread::scope(|scope| {
             scope.spawn(|| {
                 send(sender, b"before");

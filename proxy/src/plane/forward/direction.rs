@@ -11,10 +11,14 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, sockopt};
 
-use super::Mode;
+use super::redirected::Redirected;
+use super::short_cut::ShortCut;
+use super::{Mode, Side};
 use crate::clock::Monotonic;
 use crate::plane::copy::{self, Received, Sent};
+use crate::plane::sockmap::Redirector;
 use crate::plane::splice::{Filled, Pipe, PipePool};
+use crate::sys;
 
 /// Bytes of a worker's buffer: the most that one `recv` takes, and the most that a direction keeps back.
 const BUFFER_BYTES: usize = 128 * 1024;
@@ -29,13 +33,19 @@ const TURN_BYTES: usize = 512 * 1024;
 /// Reads of bytes that nobody wants, in one turn.
 const DISCARDS_A_TURN: usize = 16;
 
+/// Small bursts in a row after which the kernel may move a direction. A stream that is bulk from its first bytes on never
+/// gets so far, and neither does a connection for one request.
+pub(super) const CALM_BURSTS: u32 = 4;
+
 /// What a worker lends to the flow whose turn it is.
 #[derive(Debug)]
 pub(super) struct Tools {
     pub(super) mode: Mode,
     pub(super) buffer: Box<[u8]>,
     pub(super) pipes: PipePool,
-    turn_bytes: usize,
+    /// The way into the kernel, if there is one.
+    pub(super) redirector: Option<Redirector>,
+    pub(super) turn_bytes: usize,
     /// The time of the wake-up.
     pub(super) now: Monotonic,
 }
@@ -46,23 +56,51 @@ pub(super) struct Tools {
 pub(super) struct End {
     pub(super) socket: OwnedFd,
     pub(super) is_tcp: bool,
+    pub(super) is_client: bool,
+    /// Its name in the kernel, `SO_COOKIE`. Zero if it has none.
+    pub(super) cookie: u64,
+    /// What the direction from here is called in announcements.
+    pub(super) token: u64,
+    /// Whether it can be the target of redirected bytes; `None` before that was tried.
+    pub(super) member: Option<bool>,
+    /// Whether events of bytes to receive are wanted.
+    pub(super) listens: bool,
+    /// Whether epoll knows that they are.
+    pub(super) listening: bool,
     /// Something may be there to receive: an event said so, and no read has come back short since.
     pub(super) readable: bool,
     /// There may be room to send: no send has come back short since the last event.
     pub(super) writable: bool,
     /// A FIN, an error or urgent data was announced: a short read does not mean that nothing is left.
-    eager: bool,
+    pub(super) eager: bool,
     /// The connection is dead. What it sent before may still be there to receive.
     pub(super) reset: bool,
+    /// We have sent our FIN.
+    fin_sent: bool,
     /// The last byte was received, as far as a flow that is being closed cares.
     pub(super) finished: bool,
 }
 
 impl End {
-    pub(super) fn new(socket: OwnedFd) -> Self {
+    pub(super) fn new(socket: OwnedFd, side: Side) -> Self {
         let is_tcp = sockopt::socket_domain(&socket)
             .is_ok_and(|domain| domain == AddressFamily::INET || domain == AddressFamily::INET6);
-        Self { socket, is_tcp, readable: false, writable: true, eager: false, reset: false, finished: false }
+        Self {
+            is_tcp,
+            is_client: side == Side::Client,
+            cookie: 0,
+            token: 0,
+            member: None,
+            listens: true,
+            listening: true,
+            readable: false,
+            writable: true,
+            eager: false,
+            reset: false,
+            fin_sent: false,
+            finished: false,
+            socket,
+        }
     }
 
     /// Makes the socket fit for a worker.
@@ -77,6 +115,13 @@ impl End {
             Err(Errno::OPNOTSUPP) => Ok(()),
             set => set,
         }
+    }
+
+    /// What epoll is to report, once each time. `OUT` comes only after a send found no room; `IN` and `PRI` wake for each
+    /// segment (`sock_def_readable`), also for those that are redirected.
+    pub(super) fn wanted_events(&self) -> EventFlags {
+        let always = EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        if self.listens { always | EventFlags::IN | EventFlags::PRI } else { always }
     }
 
     /// Takes note of what epoll reported. `fin_sent`: whether we have shut our side of this socket down.
@@ -116,7 +161,7 @@ impl End {
 
     /// Bytes that our kernel still holds for the peer. A close with a reset would throw them away.
     pub(super) fn unsent_bytes(&self) -> usize {
-        if self.is_tcp { crate::sys::send_queue_bytes(self.socket.as_fd()).unwrap_or(0) } else { 0 }
+        if self.is_tcp { sys::send_queue_bytes(self.socket.as_fd()).unwrap_or(0) } else { 0 }
     }
 
     /// Lets the coming close send a RST (`SO_LINGER` with no time, socket(7)); a unix socket has none.
@@ -143,6 +188,8 @@ pub(super) struct Pumped {
     pub(super) bytes: usize,
     /// The turn ended for fairness; there is more to do at once.
     pub(super) more: bool,
+    /// There is something to wait for that no event tells.
+    pub(super) wait: bool,
 }
 
 /// One direction of a flow.
@@ -155,11 +202,25 @@ pub(super) struct Direction {
     pub(super) shut: bool,
     /// The last read was a big one: the next bytes go through a pipe.
     bulk: bool,
+    /// Small bursts since the last big one.
+    pub(super) calm: u32,
+    /// The kernel moves the bytes.
+    pub(super) redirected: Option<Redirected>,
+    /// The peer sends to the target itself.
+    pub(super) short_cut: ShortCut,
 }
 
 impl Direction {
     pub(super) fn new() -> Self {
-        Self { pending: Pending::Nothing, ended: false, shut: false, bulk: false }
+        Self {
+            pending: Pending::Nothing,
+            ended: false,
+            shut: false,
+            bulk: false,
+            calm: 0,
+            redirected: None,
+            short_cut: ShortCut::default(),
+        }
     }
 
     /// Whether nothing waits to be sent.
@@ -188,17 +249,47 @@ impl Direction {
                 self.condemn();
             }
             if !self.is_flushed() {
-                return Pumped { bytes, more: false };
+                return Pumped { bytes, ..Pumped::default() };
             }
             if self.ended {
-                self.pass_fin(from, to);
-                return Pumped { bytes, more: false };
+                // A sender that the kernel brings here may take the error off the socket (`sk_stream_error`), which then just
+                // seems to have ended.
+                if !self.shut
+                    && !from.fin_sent
+                    && from.member == Some(true)
+                    && sys::is_closed(from.socket.as_fd())
+                {
+                    from.mark_reset();
+                }
+                let is_due = self.shut || self.is_delivered(to, tools);
+                if is_due {
+                    self.pass_fin(from, to);
+                }
+                return Pumped { bytes, wait: !is_due, more: false };
+            }
+            if self.redirected.is_some() {
+                let pumped = self.pump_redirected(from, to, tools);
+                bytes += pumped.bytes;
+                if pumped.wait || !pumped.more {
+                    return Pumped { bytes, ..pumped };
+                }
+                if bytes >= tools.turn_bytes {
+                    return Pumped { bytes, more: true, wait: false };
+                }
+                continue;
             }
             if !from.readable || !to.writable {
-                return Pumped { bytes, more: false };
+                if !from.readable
+                    && self.is_flushed()
+                    && !self.cut_short(from, to, tools)
+                    && self.calm >= CALM_BURSTS
+                {
+                    self.enrol(from, to, tools);
+                }
+                return Pumped { bytes, ..Pumped::default() };
             }
             if bytes >= tools.turn_bytes {
-                return Pumped { bytes, more: true };
+                return Pumped { bytes, more: true, wait: false };
             }
             let pipe = if self.bulk { tools.pipes.take() } else { None };
             match pipe {
@@ -220,6 +311,7 @@ impl Direction {
             return;
         }
         self.shut = true;
+        to.fin_sent = true;
         // ENOTCONN: the connection is dead, and its error was already reported elsewhere.
         if rustix::net::shutdown(&to.socket, Shutdown::Write).is_err() {
             to.mark_reset();
@@ -241,6 +333,7 @@ impl Direction {
                 Sent::Bytes(count) => {
                     bytes += count;
                     self.sent(count, pipes);
+                    self.count_written(count);
                 }
                 Sent::NoRoom => to.writable = false,
                 Sent::Reset => to.mark_reset(),
@@ -286,7 +379,13 @@ impl Direction {
             }
         };
         from.readable = received.len() == size || from.eager;
-        self.bulk = received.len() >= BULK_BYTES && tools.mode == Mode::Splice;
+        self.receive(received, to, tools.mode)
+    }
+
+    /// Sends on a burst that was just received; what there is no room for waits. Returns the bytes sent.
+    pub(super) fn receive(&mut self, received: &[u8], to: &mut End, mode: Mode) -> usize {
+        self.bulk = received.len() >= BULK_BYTES && mode == Mode::Splice;
+        self.calm = if received.len() < BULK_BYTES { self.calm.saturating_add(1) } else { 0 };
         let sent = match copy::send(&to.socket, received) {
             Sent::Bytes(count) => count,
             Sent::NoRoom => 0,
@@ -295,6 +394,7 @@ impl Direction {
                 return 0;
             }
         };
+        self.count_written(sent);
         let rest = received.get(sent..).unwrap_or_default();
         if !rest.is_empty() {
             to.writable = false;
@@ -303,11 +403,19 @@ impl Direction {
         sent
     }
 
+    fn count_written(&mut self, bytes: usize) {
+        self.short_cut.expire();
+        if let Some(redirected) = &mut self.redirected {
+            redirected.written += bytes as u64;
+        }
+    }
+
     /// One `splice` into a pipe; what it took waits to be flushed.
     fn splice(&mut self, mut pipe: Pipe, from: &mut End, pipes: &mut PipePool) {
         match pipe.fill_from(&from.socket) {
             Filled::Bytes(count) => {
                 self.bulk = count >= BULK_BYTES;
+                self.calm = 0;
                 self.pending = Pending::Piped(pipe);
                 return;
             }
@@ -326,7 +434,14 @@ impl Direction {
 impl Tools {
     pub(super) fn new(mode: Mode) -> Self {
         let buffer = vec![0; BUFFER_BYTES].into_boxed_slice();
-        Self { mode, buffer, pipes: PipePool::default(), turn_bytes: TURN_BYTES, now: Monotonic::ZERO }
+        Self {
+            mode,
+            buffer,
+            pipes: PipePool::default(),
+            redirector: None,
+            turn_bytes: TURN_BYTES,
+            now: Monotonic::ZERO,
+        }
     }
 }
 
@@ -342,7 +457,8 @@ mod tests {
         for mode in [Mode::Copy, Mode::Splice] {
             let (mut sender, from) = UnixStream::pair().unwrap();
             let (to, mut receiver) = UnixStream::pair().unwrap();
-            let (mut from, mut to) = (End::new(from.into()), End::new(to.into()));
+            let (mut from, mut to) =
+                (End::new(from.into(), Side::Client), End::new(to.into(), Side::Backend));
             from.note(EventFlags::IN, false);
             let mut tools = Tools::new(mode);
             tools.turn_bytes = 1000;
@@ -350,9 +466,9 @@ mod tests {
             sender.write_all(&[1; 2500]).unwrap();
             let mut direction = Direction::new();
             let turns: Vec<Pumped> = (0..3).map(|_| direction.pump(&mut from, &mut to, &mut tools)).collect();
-            assert_eq!(turns[0], Pumped { bytes: 1000, more: true });
-            assert_eq!(turns[1], Pumped { bytes: 1000, more: true });
-            assert_eq!(turns[2], Pumped { bytes: 500, more: false });
+            assert_eq!(turns[0], Pumped { bytes: 1000, more: true, wait: false });
+            assert_eq!(turns[1], Pumped { bytes: 1000, more: true, wait: false });
+            assert_eq!(turns[2], Pumped { bytes: 500, more: false, wait: false });
             receiver.read_exact(&mut [0; 2500]).unwrap();
         }
     }
@@ -361,7 +477,7 @@ mod tests {
     fn nothing_is_read_while_something_waits() {
         let (mut sender, from) = UnixStream::pair().unwrap();
         let (to, mut receiver) = UnixStream::pair().unwrap();
-        let (mut from, mut to) = (End::new(from.into()), End::new(to.into()));
+        let (mut from, mut to) = (End::new(from.into(), Side::Client), End::new(to.into(), Side::Backend));
         from.note(EventFlags::IN, false);
         to.prepare().unwrap();
         while let Sent::Bytes(_) = copy::send(&to.socket, &[0; 4096]) {}

@@ -11,11 +11,13 @@ use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
 
-use super::direction::{Direction, End, Tools};
+use super::Side;
+use super::direction::{Direction, End, Pumped, Tools};
+use super::redirected::Held;
 use crate::accounting::{Accounting, Counters};
 use crate::admission::Seat;
 use crate::clock::{self, Monotonic};
-use crate::plane::Flow;
+use crate::plane::{Flow, sockmap};
 
 /// How long the last bytes before a reset may take. A peer hears of a reset within a second.
 const RESET_WAIT: Duration = Duration::from_millis(500);
@@ -53,6 +55,23 @@ impl Drop for Ticket {
     }
 }
 
+/// The flow's entry among those that the kernel moves: counted open from `new` to `Drop`.
+#[derive(Debug)]
+struct InKernel(Arc<sockmap::Counters>);
+
+impl InKernel {
+    fn new(counters: Arc<sockmap::Counters>) -> Self {
+        counters.opened();
+        Self(counters)
+    }
+}
+
+impl Drop for InKernel {
+    fn drop(&mut self) {
+        self.0.closed();
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     /// Bytes travel.
@@ -68,21 +87,17 @@ enum Phase {
 pub(super) enum Turn {
     /// Nothing before the next event.
     Idle,
+    /// Another turn in a few milliseconds, if there is no event before: something is waited for that none tells.
+    Wait,
     /// Another turn soon.
     More,
     /// It has ended: drop it.
     Over,
 }
 
-/// Which of a flow's two sockets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Side {
-    Client,
-    Backend,
-}
-
 /// A flow in the hands of a worker.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts about one flow")]
 pub(super) struct LiveFlow {
     client: End,
     backend: End,
@@ -92,10 +107,14 @@ pub(super) struct LiveFlow {
     last_activity: Monotonic,
     /// Whether it waits for another turn.
     pub(super) queued: bool,
+    /// Whether it waits for the next tick.
+    pub(super) ticking: bool,
     /// Nobody is left to read what the client still sends.
     pub(super) backend_gone: bool,
     /// Both sockets may be closed without a reset.
     clean: bool,
+    /// It is, or was, moved by the kernel.
+    in_kernel: Option<InKernel>,
     _seat: Seat,
     /// Dropped after the sockets, so that a flow that is counted closed is closed.
     ticket: Ticket,
@@ -104,15 +123,17 @@ pub(super) struct LiveFlow {
 impl LiveFlow {
     pub(super) fn new(flow: Flow, ticket: Ticket) -> Self {
         Self {
-            client: End::new(flow.client),
-            backend: End::new(flow.backend),
+            client: End::new(flow.client, Side::Client),
+            backend: End::new(flow.backend, Side::Backend),
             to_backend: Direction::new(),
             to_client: Direction::new(),
             phase: Phase::Open,
             last_activity: clock::now(),
             queued: false,
+            ticking: false,
             backend_gone: false,
             clean: false,
+            in_kernel: None,
             _seat: flow.seat,
             ticket,
         }
@@ -139,17 +160,38 @@ impl LiveFlow {
         }
     }
 
-    /// Whether bytes still travel; else the flow wants a turn every few milliseconds.
-    pub(super) fn is_open(&self) -> bool {
+    pub(super) fn end_mut(&mut self, side: Side) -> &mut End {
+        match side {
+            Side::Client => &mut self.client,
+            Side::Backend => &mut self.backend,
+        }
+    }
+
+    /// The kernel began to pass what comes from `side`, or wants the short cut opened anew.
+    pub(super) fn announce(&mut self, side: Side) {
+        let direction = match side {
+            Side::Client => &mut self.to_backend,
+            Side::Backend => &mut self.to_client,
+        };
+        direction.begin_passing();
+        direction.short_cut.expire();
+    }
+
+    /// Whether bytes still travel.
+    fn is_open(&self) -> bool {
         self.phase == Phase::Open
     }
 
     /// Moves what can be moved and draws the conclusions.
     pub(super) fn turn(&mut self, tools: &mut Tools) -> Turn {
-        let more = self.pump(tools);
+        let pumped = self.pump(tools);
+        if !self.is_open() {
+            self.close_short_cuts(tools);
+        }
         match self.phase {
             Phase::Open if self.client.reset || self.backend.reset => {
                 self.phase = Phase::Resetting(tools.now + RESET_WAIT);
+                self.close_short_cuts(tools);
                 // The other direction may have more to say now that its peer is known to be dead.
                 self.pump(tools);
                 self.resetting(tools, tools.now + RESET_WAIT)
@@ -158,7 +200,8 @@ impl LiveFlow {
                 self.clean = true;
                 Turn::Over
             }
-            Phase::Open if more => Turn::More,
+            Phase::Open if pumped.more => Turn::More,
+            Phase::Open if pumped.wait => Turn::Wait,
             Phase::Open => Turn::Idle,
             Phase::Resetting(until) => self.resetting(tools, until),
             Phase::Silenced(until) => self.silenced(tools, until),
@@ -183,10 +226,21 @@ impl LiveFlow {
         self.client.readable = true;
         self.backend.readable = true;
         self.pump(tools);
-        if self.client.reset || self.backend.reset || self.last_activity == tools.now {
+        self.close_short_cuts(tools);
+        let is_silent = tools.now.saturating_sub(self.last_activity) >= silent_for;
+        if self.client.reset || self.backend.reset || !is_silent {
             return;
         }
-        if !self.to_backend.is_flushed() || !self.to_client.is_flushed() {
+        let held = [
+            self.to_backend.hold(&self.backend, silent_for, tools),
+            self.to_client.hold(&self.client, silent_for, tools),
+        ];
+        if held.contains(&Held::Busy) {
+            self.to_backend.begin_passing();
+            self.to_client.begin_passing();
+            return;
+        }
+        if !self.to_backend.is_flushed() || !self.to_client.is_flushed() || held.contains(&Held::Stuck) {
             self.condemn(tools.now);
             return;
         }
@@ -195,13 +249,24 @@ impl LiveFlow {
         self.phase = Phase::Silenced(tools.now + FIN_WAIT);
     }
 
+    /// Has the peers send everything to us again.
+    fn close_short_cuts(&mut self, tools: &mut Tools) {
+        for direction in [&mut self.to_backend, &mut self.to_client] {
+            let last = direction.close_short_cut(tools);
+            self.last_activity = self.last_activity.max(last.unwrap_or(Monotonic::ZERO));
+        }
+    }
+
     /// Gives back what the flow borrowed.
     pub(super) fn release(&mut self, tools: &mut Tools) {
         self.to_backend.release(&mut tools.pipes);
         self.to_client.release(&mut tools.pipes);
+        self.close_short_cuts(tools);
+        self.to_backend.forget(tools);
+        self.to_client.forget(tools);
     }
 
-    fn pump(&mut self, tools: &mut Tools) -> bool {
+    fn pump(&mut self, tools: &mut Tools) -> Pumped {
         let there = self.to_backend.pump(&mut self.client, &mut self.backend, tools);
         let back = self.to_client.pump(&mut self.backend, &mut self.client, tools);
         if let Some(counters) = self.ticket.counters() {
@@ -215,21 +280,33 @@ impl LiveFlow {
         if there.bytes + back.bytes > 0 {
             self.last_activity = tools.now;
         }
-        there.more || back.more
+        if let Some(redirector) = &tools.redirector
+            && self.in_kernel.is_none()
+            && (self.to_backend.is_in_kernel() || self.to_client.is_in_kernel())
+        {
+            self.in_kernel = Some(InKernel::new(redirector.counters()));
+        }
+        Pumped {
+            bytes: there.bytes + back.bytes,
+            more: there.more || back.more,
+            wait: there.wait || back.wait,
+        }
     }
 
     /// Over when each living side has acknowledged all that it will get, or when it has had time enough.
-    fn resetting(&self, tools: &Tools, until: Monotonic) -> Turn {
-        let drained = |end: &End, inbound: &Direction| {
-            end.reset || (inbound.ended && inbound.is_flushed() && end.unsent_bytes() == 0)
+    fn resetting(&mut self, tools: &Tools, until: Monotonic) -> Turn {
+        let drained = |end: &End, inbound: &mut Direction| {
+            let is_sent = |inbound: &mut Direction| inbound.is_flushed() && inbound.is_delivered(end, tools);
+            end.reset || (inbound.ended && is_sent(inbound) && end.unsent_bytes() == 0)
         };
-        let drained = drained(&self.client, &self.to_client) && drained(&self.backend, &self.to_backend);
+        let drained =
+            drained(&self.client, &mut self.to_client) && drained(&self.backend, &mut self.to_backend);
         if drained || tools.now >= until {
             return Turn::Over;
         }
         let more = (self.client.readable && self.backend.writable && !self.to_backend.ended)
             || (self.backend.readable && self.client.writable && !self.to_client.ended);
-        if more { Turn::More } else { Turn::Idle }
+        if more { Turn::More } else { Turn::Wait }
     }
 
     /// What the peers say after our FIN can go nowhere.
@@ -239,7 +316,7 @@ impl LiveFlow {
             self.clean = true;
             return Turn::Over;
         }
-        if more { Turn::More } else { Turn::Idle }
+        if more { Turn::More } else { Turn::Wait }
     }
 }
 

@@ -4,6 +4,7 @@
 //! Rests on: a socket is registered once, edge-triggered; an edge that comes while a flow has its turn is reported
 //! at the next wait, epoll(7). The eventfd is never read: each write is an edge of its own.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,16 +20,17 @@ use rustix::time::Timespec;
 use tracing::{error, warn};
 
 use super::direction::Tools;
-use super::flow::{LiveFlow, Side, Turn};
-use super::{Command, Mode};
+use super::flow::{LiveFlow, Turn};
+use super::{Command, Mode, Side, Token};
 use crate::clock::{self, Monotonic};
+use crate::plane::sockmap::Sockmap;
 use crate::report::tell;
 
 /// Events that one wait returns at most.
 const EVENTS_MAX: usize = 256;
 
-/// How often flows that are being reset or closed are looked at.
-const TICK: Duration = Duration::from_millis(5);
+/// How often flows are looked at that wait for what no event tells: a queue to drain, time to pass.
+const TICK: Duration = Duration::from_millis(1);
 
 /// The eventfd's mark among the events; no flow gets this number.
 const WAKE: u64 = u64::MAX;
@@ -39,18 +41,22 @@ pub(super) struct Worker {
     pub(super) epoll: OwnedFd,
     pub(super) commands: Receiver<Command>,
     pub(super) mode: Mode,
+    index: usize,
+    /// The way into the kernel, from the moment that there is one.
+    sockmap: OnceCell<Arc<Sockmap>>,
 }
 
 impl Worker {
-    /// A worker that hears of its commands through `wake`.
+    /// The worker number `index`, which hears of its commands through `wake`.
     pub(super) fn new(
         wake: &Arc<OwnedFd>,
         commands: Receiver<Command>,
         mode: Mode,
+        index: usize,
     ) -> rustix::io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, wake, EventData::new_u64(WAKE), EventFlags::IN | EventFlags::ET)?;
-        Ok(Self { epoll, commands, mode })
+        Ok(Self { epoll, commands, mode, index, sockmap: OnceCell::new() })
     }
 
     /// Works until the commands' sender is gone. A panic resets the worker's flows, and it starts anew.
@@ -75,23 +81,34 @@ struct Table<'a> {
     next_id: u64,
     /// Flows that stopped for fairness.
     queue: Vec<u64>,
-    /// Flows that are being reset or closed, and when they are looked at next.
-    ending: Vec<u64>,
+    /// Flows that wait for the next tick, and when that is.
+    ticking: Vec<u64>,
     next_tick: Monotonic,
     tools: Tools,
 }
 
 impl<'a> Table<'a> {
     fn new(worker: &'a Worker) -> Self {
-        Self {
+        let mut table = Self {
             worker,
             flows: HashMap::new(),
             next_id: 0,
             queue: Vec::new(),
-            ending: Vec::new(),
+            ticking: Vec::new(),
             next_tick: Monotonic::ZERO,
             tools: Tools::new(worker.mode),
-        }
+        };
+        table.find_redirector();
+        table
+    }
+
+    /// Opens the way into the kernel, if there is one.
+    fn find_redirector(&mut self) {
+        let redirector = self.worker.sockmap.get().map(|sockmap| sockmap.redirector()).transpose();
+        self.tools.redirector = redirector.unwrap_or_else(|error| {
+            warn!("flows of worker {} are moved by user space: {error:#}", self.worker.index);
+            None
+        });
     }
 
     fn serve(&mut self) -> anyhow::Result<()> {
@@ -137,7 +154,7 @@ impl<'a> Table<'a> {
     fn timeout(&self) -> Option<Timespec> {
         let wait = if !self.queue.is_empty() {
             Duration::ZERO
-        } else if !self.ending.is_empty() {
+        } else if !self.ticking.is_empty() {
             TICK
         } else {
             return None;
@@ -146,15 +163,14 @@ impl<'a> Table<'a> {
     }
 
     fn event(&mut self, data: u64, flags: EventFlags) {
-        let id = data >> 1;
-        let Some(flow) = self.flows.get_mut(&id) else { return };
-        flow.note(if data & 1 == 0 { Side::Client } else { Side::Backend }, flags);
-        self.turn(id);
+        let token = Token(data);
+        let Some(flow) = self.flows.get_mut(&token.flow()) else { return };
+        flow.note(token.side(), flags);
+        self.turn(token.flow());
     }
 
     fn turn(&mut self, id: u64) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
-        let was_open = flow.is_open();
         match flow.turn(&mut self.tools) {
             Turn::Over => {
                 tell::flow_ended(&flow.end(Side::Client).socket);
@@ -166,23 +182,38 @@ impl<'a> Table<'a> {
                 flow.queued = true;
                 self.queue.push(id);
             }
-            Turn::More | Turn::Idle => {}
+            Turn::Wait if !flow.ticking => {
+                flow.ticking = true;
+                self.ticking.push(id);
+            }
+            Turn::More | Turn::Wait | Turn::Idle => {}
         }
-        if was_open && !flow.is_open() {
-            self.ending.push(id);
+        for side in [Side::Client, Side::Backend] {
+            let end = flow.end_mut(side);
+            if end.listens == end.listening {
+                continue;
+            }
+            end.listening = end.listens;
+            let (data, flags) = (EventData::new_u64(end.token), end.wanted_events());
+            if let Err(errno) = epoll::modify(&self.worker.epoll, &end.socket, data, flags) {
+                warn!("reset a flow that could not be registered with epoll: {errno}");
+                flow.release(&mut self.tools);
+                self.flows.remove(&id);
+                return;
+            }
         }
     }
 
-    /// Looks at the flows that wait for a queue to drain, which no event tells, or for time to pass.
+    /// Looks at the flows that wait for what no event tells.
     fn tick(&mut self) {
-        if self.ending.is_empty() || self.tools.now < self.next_tick {
+        if self.ticking.is_empty() || self.tools.now < self.next_tick {
             return;
         }
         self.next_tick = self.tools.now + TICK;
-        for id in std::mem::take(&mut self.ending) {
-            self.turn(id);
-            if self.flows.contains_key(&id) {
-                self.ending.push(id);
+        for id in std::mem::take(&mut self.ticking) {
+            if let Some(flow) = self.flows.get_mut(&id) {
+                flow.ticking = false;
+                self.turn(id);
             }
         }
     }
@@ -196,6 +227,17 @@ impl<'a> Table<'a> {
                 Ok(Command::ResetAll) => self.for_each(|flow, tools| flow.condemn(tools.now)),
                 Ok(Command::CloseSilent(silent_for)) => {
                     self.for_each(|flow, tools| flow.close_silent(silent_for, tools));
+                }
+                Ok(Command::Sockmap(sockmap)) => {
+                    self.worker.sockmap.get_or_init(|| sockmap);
+                    self.find_redirector();
+                    self.for_each(|_, _| ());
+                }
+                Ok(Command::Passing(token)) => {
+                    if let Some(flow) = self.flows.get_mut(&token.flow()) {
+                        flow.announce(token.side());
+                        self.turn(token.flow());
+                    }
                 }
                 Ok(Command::BackendGone) => self.for_each(|flow, _| flow.backend_gone = true),
                 #[cfg(test)]
@@ -211,32 +253,37 @@ impl<'a> Table<'a> {
         let ids: Vec<u64> = self.flows.keys().copied().collect();
         for id in ids {
             let Some(flow) = self.flows.get_mut(&id) else { continue };
-            let was_open = flow.is_open();
             act(flow, &mut self.tools);
-            if was_open && !flow.is_open() {
-                self.ending.push(id);
-            }
             self.turn(id);
         }
     }
 
     /// Registers a flow. Bytes that are there already are the first events.
-    fn adopt(&mut self, flow: LiveFlow) {
+    fn adopt(&mut self, mut flow: LiveFlow) {
         let id = self.next_id;
         self.next_id += 1;
-        match self.register(id, &flow) {
+        match self.register(id, &mut flow) {
             Ok(()) => {
                 self.flows.insert(id, flow);
+                self.turn(id);
             }
-            Err(errno) => warn!("reset a flow that could not be registered with epoll: {errno}"),
+            Err(errno) => {
+                warn!("reset a flow that could not be registered with epoll: {errno}");
+                flow.release(&mut self.tools);
+            }
         }
     }
 
-    fn register(&self, id: u64, flow: &LiveFlow) -> rustix::io::Result<()> {
+    fn register(&mut self, id: u64, flow: &mut LiveFlow) -> rustix::io::Result<()> {
         flow.prepare()?;
-        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::PRI | EventFlags::ET;
-        for (side, bit) in [(Side::Client, 0), (Side::Backend, 1)] {
-            epoll::add(&self.worker.epoll, &flow.end(side).socket, EventData::new_u64(id << 1 | bit), flags)?;
+        for side in [Side::Client, Side::Backend] {
+            flow.end_mut(side).token = Token::new(self.worker.index, id, side).0;
+        }
+        for side in [Side::Client, Side::Backend] {
+            let end = flow.end_mut(side);
+            end.listening = end.listens;
+            let (data, flags) = (EventData::new_u64(end.token), end.wanted_events());
+            epoll::add(&self.worker.epoll, &end.socket, data, flags)?;
         }
         Ok(())
     }
@@ -260,7 +307,7 @@ mod tests {
     fn a_reset_that_was_asked_for_comes_before_the_backends_end() {
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap());
         let (commands, receiver) = mpsc::channel();
-        let worker = Worker::new(&wake, receiver, Mode::Copy).unwrap();
+        let worker = Worker::new(&wake, receiver, Mode::Copy, 0).unwrap();
         let mut table = Table::new(&worker);
         let mut events = Vec::with_capacity(EVENTS_MAX);
         let (mut client, accepted) = tcp_pair();

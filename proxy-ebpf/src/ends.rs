@@ -1,0 +1,357 @@
+//! The short cut: what a peer of a proxied flow sends goes straight into the send queue that it would end in.
+//!
+//! A flow is client <-> C | B <-> backend, C and B being ours. Of the direction from X to Y (B to C, or C to B) the peer is
+//! whoever is connected to X. If that socket is in our network namespace, its messages can skip X and us.
+//!
+//! Owns: [`ENDS`], [`CREDITS`]. Must never: touch a socket that is not a peer of our own flows; let a message overtake what
+//! the peer sent before; give the target more than it has room for (the peer would be told to wait, and nobody would tell
+//! it when to go on). Whatever is not sure goes its ordinary way: to X, and from there by a worker of drowse.
+//!
+//! **Capture.** `renew` looks the peer up by its addresses, in our network namespace, when drowse asks. A sockops program
+//! would see every connection to the backend's port, of everybody, and after the fact; this sees exactly one, at a moment
+//! of our choice, and leaves all others as they are. A peer is taken only when it was accepted, is ESTABLISHED, has no upper
+//! layer protocol, and its place in the stream (`write_seq`) is where X has got to (`copied_seq`): a socket that happened to
+//! have these addresses would not have that.
+//!
+//! **Order.** A worker asks for a renewal when it has written to Y all that it read from X. `write_seq` of the peer and
+//! `copied_seq` of X count the same bytes. If they are equal, everything that the peer ever put on its connection is in Y's
+//! send queue; that place is `expected`, and while the peer's `write_seq` is there, its messages may go to Y directly:
+//!
+//! - The peer sends to X while `renew` runs, before or after: its `write_seq` moves, and is not what is expected. Since what
+//!   passes moves it, one message that passes ends the short cut by itself, until the next renewal.
+//! - `send` decides under the peer's socket lock, and reads its `write_seq` there. A redirected message is in Y's queue when
+//!   the peer's system call returns (`tcp_bpf_sendmsg_redir` to egress is synchronous), so that what it does next, be it a
+//!   message that passes, a FIN or a reset, comes later. Two threads that send on one socket at once have no order anyway.
+//! - The kernel splits a large send into messages, and asks for each. A message that passes and finds no room keeps its
+//!   verdict for the next attempt, for which the program does not run: those bytes pass, `write_seq` moves with them.
+//! - A message that was let pass and is still being written when a renewal comes in between (its sender sleeps for room):
+//!   the rest of it passes, and moves `write_seq`.
+//! - Somebody else who writes to the peer's connection without us (another drowse that does this to us) moves it, too.
+//!
+//! **Room.** What a message will take of Y's memory is charged before it goes, never given back; a renewal lets that go as
+//! far as there is room in Y's queue at that moment. `charged` is read before the queue, so that a message counts in one of
+//! the two at least; the last one, which may have been charged and not be there yet, is taken off. A renewal is asked for
+//! before the credit ends, through the same ring buffer as [`crate::redirect`]'s. The new limit is there before the new `expected`. So a redirect finds room, and a peer hears from its
+//! own socket alone when to wait and when to go on. (When the kernel runs short of memory for TCP, a redirect may still find
+//! none, and a peer that does not block is told to wait; it is told to go on when its own socket says so, or never.)
+//!
+//! **The end.** A peer stays in the map until it closes, or drowse ends; the short cut is closed by taking its credit. To take
+//! it out while its owner closes it is a race inside the kernel (a warning in `sock_map_destroy`, seen on 6.18).
+//!
+//! Rests on: `bpf_sk_storage_get` and `bpf_skc_to_tcp_sock` in `sk_msg` programs (Linux 5.9), with offsets out of the
+//! kernel's BTF; a classifier being allowed to put a socket into a sockhash (5.10). `bpf_sk_release` is not allowed in
+//! `sk_msg`, so the target cannot be looked at there.
+
+use core::ffi::c_void;
+use core::ptr;
+
+use aya_ebpf::bindings::{
+    BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type, bpf_sock,
+};
+use aya_ebpf::btf_maps::SockHash;
+use aya_ebpf::helpers::{
+    bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_sk_release, bpf_sk_storage_get,
+    bpf_skc_to_tcp_sock,
+};
+use aya_ebpf::macros::{btf_map, classifier, sk_msg};
+use aya_ebpf::programs::{SkMsgContext, TcContext};
+use drowse_ebpf::{
+    CREDIT_MIN, Credit, ETHERNET_BYTES, MESSAGE_BYTES_SHIFT, MESSAGE_OVERHEAD, MESSAGES_AHEAD,
+    PROXIED_SOCKETS_MAX, PassingEvent, Renewal, renewed,
+};
+
+use crate::redirect::{
+    DIRECTIONS, PASSING, PROXIED, SNDBUF_OFFSET, SOCKETS, WMEM_QUEUED_OFFSET, WRITE_SEQ_OFFSET,
+};
+use crate::{atomic, find};
+
+/// Cookie of our socket -> the peer that it is connected to, whose messages come to [`send`].
+#[btf_map]
+pub static ENDS: SockHash<u64, PROXIED_SOCKETS_MAX> = SockHash::new();
+
+/// What those peers may send. (The map type of aya is for other contexts.)
+#[btf_map]
+pub static CREDITS: Storage<Credit> = Storage::new();
+
+/// Where `copied_seq` lies in the kernel's `struct tcp_sock`; the loader sets it, and the next two.
+// SAFETY: nothing else defines a symbol of this name.
+#[unsafe(no_mangle)]
+static COPIED_SEQ_OFFSET: u32 = 0;
+
+/// Where `icsk_ulp_ops` lies in `struct inet_connection_sock`, which is the beginning of `struct tcp_sock`.
+// SAFETY: as above.
+#[unsafe(no_mangle)]
+static ULP_OPS_OFFSET: u32 = 0;
+
+/// Where `sk_socket` lies in `struct sock`, which is the beginning of that.
+// SAFETY: as above.
+#[unsafe(no_mangle)]
+static SOCKET_OFFSET: u32 = 0;
+
+/// `SK_PASS`: the ordinary way, or, after a redirect was asked for, to its target.
+const PASS: u32 = 1;
+/// `BPF_TCP_ESTABLISHED`.
+const ESTABLISHED: u32 = 1;
+/// `BPF_TCP_CLOSE_WAIT`: the peer heard our FIN, and may still send.
+const CLOSE_WAIT: u32 = 8;
+/// `BPF_TCP_LISTEN`.
+const LISTEN: u32 = 10;
+
+/// Socket storage.
+#[repr(C)]
+pub struct Storage<T> {
+    r#type: *const [i32; bpf_map_type::BPF_MAP_TYPE_SK_STORAGE as usize],
+    key: *const i32,
+    value: *const T,
+    max_entries: *const [i32; 0],
+    map_flags: *const [i32; BPF_F_NO_PREALLOC as usize],
+}
+
+// SAFETY: the pointers are placeholders for the loader and never followed.
+unsafe impl<T> Sync for Storage<T> {}
+
+impl<T> Storage<T> {
+    const fn new() -> Self {
+        Self {
+            r#type: ptr::null(),
+            key: ptr::null(),
+            value: ptr::null(),
+            max_entries: ptr::null(),
+            map_flags: ptr::null(),
+        }
+    }
+
+    /// What is stored at `socket`; made first with `BPF_SK_STORAGE_GET_F_CREATE`. Null if there is nothing.
+    ///
+    /// # Safety
+    /// `socket` is a full socket that the kernel gave to this program.
+    #[inline(always)]
+    unsafe fn get(&self, socket: *mut bpf_sock, flags: u32) -> *mut T {
+        // SAFETY: the caller's promise; the verifier checks it again.
+        unsafe {
+            let map = ptr::from_ref(self).cast_mut().cast();
+            bpf_sk_storage_get(map, socket.cast(), ptr::null_mut(), u64::from(flags)).cast()
+        }
+    }
+}
+
+/// Entry point: [`PASS`], with a redirect or without.
+#[expect(clippy::needless_pass_by_value, reason = "the signature that aya's macro asks for")]
+#[sk_msg]
+pub fn send(ctx: SkMsgContext) -> u32 {
+    // SAFETY: the kernel passed the context in; the verifier checks each pointer.
+    unsafe { send_on(&ctx) };
+    PASS
+}
+
+/// Asks for a redirect if the short cut is open.
+///
+/// # Safety
+/// `ctx` is the context that the kernel passed in.
+#[inline(always)]
+unsafe fn send_on(ctx: &SkMsgContext) {
+    // SAFETY: the caller's promise. The kernel runs this under the peer's socket lock; `charged` has no other writer.
+    unsafe {
+        let bytes = u64::from(ptr::addr_of!((*ctx.msg).size).read_volatile());
+        let peer = ptr::addr_of!((*ctx.msg).__bindgen_anon_3.sk).read_volatile();
+        if peer.is_null() {
+            return;
+        }
+        let credit = CREDITS.get(peer, 0);
+        if credit.is_null() {
+            return;
+        }
+        let tcp: *const c_void = bpf_skc_to_tcp_sock(peer.cast()).cast();
+        if tcp.is_null() || pointer(tcp, &raw const ULP_OPS_OFFSET) != 0 {
+            return;
+        }
+        if word(tcp, &raw const WRITE_SEQ_OFFSET) != ptr::addr_of!((*credit).expected).read_volatile() {
+            return;
+        }
+        let cost = bytes + ((bytes >> MESSAGE_BYTES_SHIFT) + 1) * MESSAGE_OVERHEAD;
+        ptr::addr_of_mut!((*credit).last).write_volatile(cost);
+        // A full barrier: the limit that is read next is not older than what was expected.
+        let charged = atomic::fetch_add(ptr::addr_of_mut!((*credit).charged), cost).wrapping_add(cost);
+        if charged > ptr::addr_of!((*credit).limit).read_volatile() {
+            return;
+        }
+        let mut target = ptr::addr_of!((*credit).target).read_volatile();
+        if SOCKETS.redirect_msg(ctx, &mut target, 0) == i64::from(PASS) {
+            count(credit, bytes);
+            let low = ptr::addr_of!((*credit).low);
+            if charged.wrapping_add(cost * MESSAGES_AHEAD) > low.read_volatile() {
+                low.cast_mut().write_volatile(u64::MAX);
+                ask_for_renewal(credit);
+            }
+        }
+    }
+}
+
+/// Tells the worker that the credit comes to its end.
+///
+/// # Safety
+/// `credit` points to a value of [`CREDITS`].
+#[inline(always)]
+unsafe fn ask_for_renewal(credit: *mut Credit) {
+    // SAFETY: the caller's promise.
+    let source = unsafe { ptr::addr_of!((*credit).source).read_volatile() };
+    let Some(direction) = DIRECTIONS.get_ptr(source) else { return };
+    // SAFETY: the verifier has checked the pointer.
+    let event = PassingEvent { token: unsafe { ptr::addr_of!((*direction).token).read_volatile() } };
+    // If there is no room for it, a message passes sooner or later, and is a reason to renew.
+    let _ = PASSING.output(event, 0);
+}
+
+/// Counts `bytes` that were redirected.
+///
+/// # Safety
+/// `credit` points to a value of [`CREDITS`].
+#[inline(always)]
+unsafe fn count(credit: *mut Credit, bytes: u64) {
+    // SAFETY: the caller's promise.
+    let source = unsafe { ptr::addr_of!((*credit).source).read_volatile() };
+    let Some(direction) = DIRECTIONS.get_ptr_mut(source) else { return };
+    let Some(service) = PROXIED.get_ptr_mut(0) else { return };
+    // SAFETY: the caller's promise; the verifier has checked the other pointers. Counters are added to atomically.
+    unsafe {
+        let now_ns = bpf_ktime_get_ns();
+        ptr::addr_of_mut!((*direction).last_activity_ns).write_volatile(now_ns);
+        ptr::addr_of_mut!((*service).last_activity_ns).write_volatile(now_ns);
+        atomic::add(ptr::addr_of_mut!((*direction).redirected), bytes);
+        let total = if ptr::addr_of!((*credit).to_client).read_volatile() != 0 {
+            ptr::addr_of_mut!((*service).redirected_to_client)
+        } else {
+            ptr::addr_of_mut!((*service).redirected_to_backend)
+        };
+        atomic::add(total, bytes);
+    }
+}
+
+/// Entry point: see [`Renewal`].
+#[expect(clippy::needless_pass_by_value, reason = "the signature that aya's macro asks for")]
+#[classifier]
+pub fn renew(ctx: TcContext) -> i32 {
+    let Ok(renewal) = ctx.load::<Renewal>(ETHERNET_BYTES) else { return renewed::BAD_RENEWAL.cast_signed() };
+    let peer = find::socket(&ctx, &renewal.peer, renewal.own, renewal.own_port);
+    if peer.is_null() {
+        return renewed::NOBODY.cast_signed();
+    }
+    // SAFETY: the socket is released before this returns.
+    unsafe {
+        let answer = renew_at(peer, &renewal);
+        bpf_sk_release(peer.cast());
+        answer.cast_signed()
+    }
+}
+
+/// Opens the short cut of `peer`, if it may be.
+///
+/// # Safety
+/// `peer` is a socket that the kernel gave to this program and that was not released yet.
+#[inline(always)]
+unsafe fn renew_at(peer: *mut bpf_sock, renewal: &Renewal) -> u32 {
+    // SAFETY: the caller's promise; the verifier checks each pointer.
+    unsafe {
+        if renewal.ends != 0 {
+            let credit = CREDITS.get(peer, 0);
+            if !credit.is_null() {
+                ptr::addr_of_mut!((*credit).limit).write_volatile(0);
+            }
+            return renewed::NOT_YET;
+        }
+        let state = ptr::addr_of!((*peer).state).read_volatile();
+        let begins = renewal.begin != 0;
+        if state == LISTEN {
+            return renewed::NOBODY;
+        }
+        if state != ESTABLISHED && (begins || state != CLOSE_WAIT) {
+            return renewed::NOT_YET;
+        }
+        let tcp: *const c_void = bpf_skc_to_tcp_sock(peer.cast()).cast();
+        if tcp.is_null() {
+            return renewed::NOBODY;
+        }
+        if pointer(tcp, &raw const ULP_OPS_OFFSET) != 0 {
+            return renewed::LAYERED;
+        }
+        if pointer(tcp, &raw const SOCKET_OFFSET) == 0 {
+            return renewed::NOT_YET;
+        }
+        let written = word(tcp, &raw const WRITE_SEQ_OFFSET);
+        if look_up(renewal.source, |tcp| word(tcp, &raw const COPIED_SEQ_OFFSET)) != Some(written) {
+            return renewed::NOT_YET;
+        }
+        let credit = CREDITS.get(peer, BPF_SK_STORAGE_GET_F_CREATE);
+        if credit.is_null() {
+            return renewed::NOBODY;
+        }
+        // A full barrier: what is read of the target's queue next is not older.
+        let charged = atomic::fetch_add(ptr::addr_of_mut!((*credit).charged), 0);
+        let room = look_up(renewal.target, |tcp| {
+            word(tcp, &raw const SNDBUF_OFFSET).saturating_sub(word(tcp, &raw const WMEM_QUEUED_OFFSET))
+        });
+        // Nothing is on its way if the peer sent the ordinary way since.
+        let expected = ptr::addr_of_mut!((*credit).expected);
+        let last = ptr::addr_of!((*credit).last).read_volatile();
+        let under_way = if expected.read_volatile() == written { last } else { 0 };
+        let room = room.map(|room| u64::from(room).saturating_sub(under_way));
+        let Some(room) = room.filter(|room| *room >= CREDIT_MIN) else {
+            return renewed::NOT_YET;
+        };
+        if begins {
+            ptr::addr_of_mut!((*credit).source).write_volatile(renewal.source);
+            ptr::addr_of_mut!((*credit).target).write_volatile(renewal.target);
+            ptr::addr_of_mut!((*credit).to_client).write_volatile(renewal.to_client);
+            let (map, key) = (ptr::from_ref(&ENDS).cast_mut().cast(), ptr::from_ref(&renewal.source).cast());
+            if bpf_map_update_elem(map, key, peer.cast(), u64::from(BPF_NOEXIST)) != 0 {
+                return renewed::NOBODY;
+            }
+            if let Some(service) = PROXIED.get_ptr_mut(0) {
+                atomic::add(ptr::addr_of_mut!((*service).peers_total), 1);
+            }
+        }
+        ptr::addr_of_mut!((*credit).limit).write_volatile(charged.wrapping_add(room));
+        ptr::addr_of_mut!((*credit).low).write_volatile(charged.wrapping_add(room - room / 4));
+        // A full barrier again: whoever sees what is expected now sees the limit.
+        atomic::fetch_add(ptr::addr_of_mut!((*credit).charged), 0);
+        expected.write_volatile(written);
+        renewed::RENEWED
+    }
+}
+
+/// What `read` finds in our socket whose cookie is `cookie`, if it is there.
+#[inline(always)]
+fn look_up(cookie: u64, read: impl FnOnce(*const c_void) -> u32) -> Option<u32> {
+    // SAFETY: the socket is released before this returns.
+    unsafe {
+        let map = ptr::from_ref(&SOCKETS).cast_mut().cast();
+        let socket: *mut bpf_sock = bpf_map_lookup_elem(map, ptr::from_ref(&cookie).cast()).cast();
+        if socket.is_null() {
+            return None;
+        }
+        let tcp: *const c_void = bpf_skc_to_tcp_sock(socket.cast()).cast();
+        let found = if tcp.is_null() { None } else { Some(read(tcp)) };
+        bpf_sk_release(socket.cast());
+        found
+    }
+}
+
+/// The word at `*offset` of a socket.
+///
+/// # Safety
+/// `tcp` is what `bpf_skc_to_tcp_sock` gave; the kernel checks the read like one of its own.
+#[inline(always)]
+unsafe fn word(tcp: *const c_void, offset: *const u32) -> u32 {
+    // SAFETY: the caller's promise.
+    unsafe { tcp.byte_add(offset.read_volatile() as usize).cast::<u32>().read_volatile() }
+}
+
+/// The pointer at `*offset` of a socket, which is not followed.
+///
+/// # Safety
+/// As for [`word`].
+#[inline(always)]
+unsafe fn pointer(tcp: *const c_void, offset: *const u32) -> u64 {
+    // SAFETY: the caller's promise.
+    unsafe { tcp.byte_add(offset.read_volatile() as usize).cast::<u64>().read_volatile() }
+}
