@@ -45,14 +45,9 @@
 use core::ffi::c_void;
 use core::ptr;
 
-use aya_ebpf::bindings::{
-    BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type, bpf_sock,
-};
+use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock};
 use aya_ebpf::btf_maps::SockHash;
-use aya_ebpf::helpers::{
-    bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_sk_release, bpf_sk_storage_get,
-    bpf_skc_to_tcp_sock,
-};
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_map_update_elem, bpf_sk_release, bpf_skc_to_tcp_sock};
 use aya_ebpf::macros::{btf_map, classifier, sk_msg};
 use aya_ebpf::programs::{SkMsgContext, TcContext};
 use drowse_ebpf::{
@@ -61,17 +56,18 @@ use drowse_ebpf::{
 };
 
 use crate::redirect::{
-    DIRECTIONS, PASSING, PROXIED, SNDBUF_OFFSET, SOCKETS, WMEM_QUEUED_OFFSET, WRITE_SEQ_OFFSET,
+    DIRECTIONS, PASSING, PROXIED, SNDBUF_OFFSET, SOCKETS, WMEM_QUEUED_OFFSET, WRITE_SEQ_OFFSET, look_up, word,
 };
+use crate::storage::Storage;
 use crate::{atomic, find};
 
 /// Cookie of our socket -> the peer that it is connected to, whose messages come to [`send`].
 #[btf_map]
 pub static ENDS: SockHash<u64, PROXIED_SOCKETS_MAX> = SockHash::new();
 
-/// What those peers may send. (The map type of aya is for other contexts.)
+/// What those peers may send.
 #[btf_map]
-pub static CREDITS: Storage<Credit> = Storage::new();
+pub static CREDITS: Storage<Credit, { BPF_F_NO_PREALLOC as usize }> = Storage::new();
 
 /// Where `copied_seq` lies in the kernel's `struct tcp_sock`; the loader sets it, and the next two.
 // SAFETY: nothing else defines a symbol of this name.
@@ -96,44 +92,6 @@ const ESTABLISHED: u32 = 1;
 const CLOSE_WAIT: u32 = 8;
 /// `BPF_TCP_LISTEN`.
 const LISTEN: u32 = 10;
-
-/// Socket storage.
-#[repr(C)]
-pub struct Storage<T> {
-    r#type: *const [i32; bpf_map_type::BPF_MAP_TYPE_SK_STORAGE as usize],
-    key: *const i32,
-    value: *const T,
-    max_entries: *const [i32; 0],
-    map_flags: *const [i32; BPF_F_NO_PREALLOC as usize],
-}
-
-// SAFETY: the pointers are placeholders for the loader and never followed.
-unsafe impl<T> Sync for Storage<T> {}
-
-impl<T> Storage<T> {
-    const fn new() -> Self {
-        Self {
-            r#type: ptr::null(),
-            key: ptr::null(),
-            value: ptr::null(),
-            max_entries: ptr::null(),
-            map_flags: ptr::null(),
-        }
-    }
-
-    /// What is stored at `socket`; made first with `BPF_SK_STORAGE_GET_F_CREATE`. Null if there is nothing.
-    ///
-    /// # Safety
-    /// `socket` is a full socket that the kernel gave to this program.
-    #[inline(always)]
-    unsafe fn get(&self, socket: *mut bpf_sock, flags: u32) -> *mut T {
-        // SAFETY: the caller's promise; the verifier checks it again.
-        unsafe {
-            let map = ptr::from_ref(self).cast_mut().cast();
-            bpf_sk_storage_get(map, socket.cast(), ptr::null_mut(), u64::from(flags)).cast()
-        }
-    }
-}
 
 /// Entry point: [`PASS`], with a redirect or without.
 #[expect(clippy::needless_pass_by_value, reason = "the signature that aya's macro asks for")]
@@ -317,33 +275,6 @@ unsafe fn renew_at(peer: *mut bpf_sock, renewal: &Renewal) -> u32 {
         expected.write_volatile(written);
         renewed::RENEWED
     }
-}
-
-/// What `read` finds in our socket whose cookie is `cookie`, if it is there.
-#[inline(always)]
-fn look_up(cookie: u64, read: impl FnOnce(*const c_void) -> u32) -> Option<u32> {
-    // SAFETY: the socket is released before this returns.
-    unsafe {
-        let map = ptr::from_ref(&SOCKETS).cast_mut().cast();
-        let socket: *mut bpf_sock = bpf_map_lookup_elem(map, ptr::from_ref(&cookie).cast()).cast();
-        if socket.is_null() {
-            return None;
-        }
-        let tcp: *const c_void = bpf_skc_to_tcp_sock(socket.cast()).cast();
-        let found = if tcp.is_null() { None } else { Some(read(tcp)) };
-        bpf_sk_release(socket.cast());
-        found
-    }
-}
-
-/// The word at `*offset` of a socket.
-///
-/// # Safety
-/// `tcp` is what `bpf_skc_to_tcp_sock` gave; the kernel checks the read like one of its own.
-#[inline(always)]
-unsafe fn word(tcp: *const c_void, offset: *const u32) -> u32 {
-    // SAFETY: the caller's promise.
-    unsafe { tcp.byte_add(offset.read_volatile() as usize).cast::<u32>().read_volatile() }
 }
 
 /// The pointer at `*offset` of a socket, which is not followed.

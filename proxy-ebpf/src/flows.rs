@@ -12,12 +12,12 @@ use core::ptr;
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_STATE_CB_FLAG,
-    SO_KEEPALIVE, SOL_SOCKET, bpf_map_type, bpf_sock,
+    SO_KEEPALIVE, SOL_SOCKET, bpf_sock,
 };
 use aya_ebpf::btf_maps::{Array, HashMap};
 use aya_ebpf::helpers::{
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_setsockopt, bpf_sk_release,
-    bpf_sk_storage_get, bpf_tcp_sock,
+    bpf_tcp_sock,
 };
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::{SockOpsContext, TcContext};
@@ -27,6 +27,7 @@ use drowse_ebpf::{
 };
 
 use crate::observe::{Address, local_address, remote_address};
+use crate::storage::Storage;
 use crate::zero::zero;
 use crate::{atomic, find, steer};
 
@@ -43,47 +44,9 @@ pub static SERVICE: Array<Service, 1> = Array::new();
 #[unsafe(no_mangle)]
 static NETNS_COOKIE: u64 = 0;
 
-/// The marks, inherited. (The map type of aya has no flags.)
+/// The marks, inherited.
 #[btf_map]
-pub static MARKS: InheritedStorage<Mark> = InheritedStorage::new();
-
-/// Socket storage that a connection inherits from the listener that accepted it.
-#[repr(C)]
-pub struct InheritedStorage<T> {
-    r#type: *const [i32; bpf_map_type::BPF_MAP_TYPE_SK_STORAGE as usize],
-    key: *const i32,
-    value: *const T,
-    max_entries: *const [i32; 0],
-    map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
-}
-
-// SAFETY: the pointers are placeholders for the loader and never followed.
-unsafe impl<T> Sync for InheritedStorage<T> {}
-
-impl<T> InheritedStorage<T> {
-    const fn new() -> Self {
-        Self {
-            r#type: ptr::null(),
-            key: ptr::null(),
-            value: ptr::null(),
-            max_entries: ptr::null(),
-            map_flags: ptr::null(),
-        }
-    }
-
-    /// The mark of `socket`; made first with `BPF_SK_STORAGE_GET_F_CREATE`. Null if there is none.
-    ///
-    /// # Safety
-    /// `socket` is a full socket that the kernel gave to this program.
-    #[inline(always)]
-    unsafe fn get(&self, socket: *mut bpf_sock, flags: u32) -> *mut T {
-        // SAFETY: the caller's promise; the verifier checks it again.
-        unsafe {
-            let map = ptr::from_ref(self).cast_mut().cast();
-            bpf_sk_storage_get(map, socket.cast(), ptr::null_mut(), u64::from(flags)).cast()
-        }
-    }
-}
+pub static MARKS: Storage<Mark, { (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize }> = Storage::new();
 
 /// Flows that are open.
 #[inline(always)]

@@ -50,8 +50,8 @@ pub mod map {
     /// Sockhash: socket cookie ([`u64`](core::primitive::u64)) -> a socket of a proxied flow whose received bytes come to
     /// `redirect`.
     pub const SOURCES: &str = "SOURCES";
-    /// Sockhash: socket cookie -> a socket of a proxied flow. No program belongs to this map: it keeps what is queued when a
-    /// socket leaves [`SOURCES`].
+    /// Sockhash: socket cookie -> a socket of a proxied flow. No program belongs to this map: here the programs find the
+    /// socket that they redirect to.
     pub const SOCKETS: &str = "SOCKETS";
     /// Hash map: socket cookie of the source -> [`crate::Direction`]. User space makes and removes the entries, `redirect`
     /// counts in them.

@@ -18,6 +18,7 @@ mod listen_hook;
 mod observe;
 mod redirect;
 mod steer;
+mod storage;
 mod zero;
 
 /// The licence that the kernel sees: some helpers are for GPL-compatible programs only.

@@ -206,26 +206,39 @@ struct SendQueue {
 /// The target's send queue, if it is there.
 #[inline(always)]
 fn send_queue(target: u64) -> Option<SendQueue> {
-    // SAFETY: the socket is released before this returns; the kernel checks the reads like some of its own.
+    look_up(target, |tcp| {
+        // SAFETY: the socket is there as long as this runs.
+        let word = |offset| unsafe { word(tcp, offset) };
+        let write_seq = word(&raw const WRITE_SEQ_OFFSET);
+        let queued = word(&raw const WMEM_QUEUED_OFFSET);
+        let limit = word(&raw const SNDBUF_OFFSET);
+        SendQueue { write_seq, room: u64::from(limit.saturating_sub(queued)) }
+    })
+}
+
+/// What `read` finds in our socket whose cookie is `cookie`, if it is there.
+#[inline(always)]
+pub fn look_up<T>(cookie: u64, read: impl FnOnce(*const c_void) -> T) -> Option<T> {
+    // SAFETY: the socket is released before this returns.
     unsafe {
         let map = ptr::from_ref(&SOCKETS).cast_mut().cast();
-        let socket: *mut bpf_sock = bpf_map_lookup_elem(map, ptr::from_ref(&target).cast()).cast();
+        let socket: *mut bpf_sock = bpf_map_lookup_elem(map, ptr::from_ref(&cookie).cast()).cast();
         if socket.is_null() {
             return None;
         }
         let tcp: *const c_void = bpf_skc_to_tcp_sock(socket.cast()).cast();
-        let queue = if tcp.is_null() {
-            None
-        } else {
-            let word = |offset: *const u32| {
-                tcp.byte_add(offset.read_volatile() as usize).cast::<u32>().read_volatile()
-            };
-            let write_seq = word(ptr::addr_of!(WRITE_SEQ_OFFSET));
-            let queued = word(ptr::addr_of!(WMEM_QUEUED_OFFSET));
-            let limit = word(ptr::addr_of!(SNDBUF_OFFSET));
-            Some(SendQueue { write_seq, room: u64::from(limit.saturating_sub(queued)) })
-        };
+        let found = if tcp.is_null() { None } else { Some(read(tcp)) };
         bpf_sk_release(socket.cast());
-        queue
+        found
     }
+}
+
+/// The word at `*offset` of a socket.
+///
+/// # Safety
+/// `tcp` is what `bpf_skc_to_tcp_sock` gave; the kernel checks the read like one of its own.
+#[inline(always)]
+pub unsafe fn word(tcp: *const c_void, offset: *const u32) -> u32 {
+    // SAFETY: the caller's promise.
+    unsafe { tcp.byte_add(offset.read_volatile() as usize).cast::<u32>().read_volatile() }
 }

@@ -2,8 +2,8 @@
 //!
 //! Owns: the programs' attachment, the maps that it works with, and the one reader of what it announces. Must
 //! never: move a byte (`forward` moves what is passed), or let a direction be half in: what could not be begun is undone.
-//! Rests on: a socket leaving all sockmaps when it is closed; a socket in [`map::SOCKETS`] keeping its queue when it leaves
-//! [`map::SOURCES`]; an update by descriptor that asks for no capability (Linux 5.19).
+//! Rests on: a socket leaving all sockmaps when it is closed; an update by descriptor that asks for no capability (Linux
+//! 5.19).
 
 use std::fmt;
 use std::io;

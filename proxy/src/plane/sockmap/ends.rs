@@ -4,16 +4,17 @@
 //! network namespace; the answer would be about somebody else. How it keeps the order: `proxy-ebpf/src/ends.rs`.
 //! Rests on: a socket that leaves its last sockmap being a plain one again, so that peers go on when drowse dies.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd, RawFd};
 
 use anyhow::Context as _;
 use aya::maps::{Map, MapData, MapError, SockHash};
 use aya::programs::sk_msg::SkMsgLink;
 use aya::programs::{SchedClassifier, SkMsg};
-use drowse_ebpf::{Direction, Endpoint, FAMILY_V4, FAMILY_V6, Renewal, map, program, renewed};
+use drowse_ebpf::{Direction, Renewal, map, program, renewed};
 
 use crate::ebpf::{self, Object};
+use crate::plane::choose;
 use crate::sys;
 
 /// The programs, loaded; the one at the peers is attached as long as this lives.
@@ -74,9 +75,8 @@ impl Renewer {
         if sys::netns_cookie(source.as_fd()).ok()? != self.own_netns {
             return None;
         }
-        let endpoint = |address: rustix::net::SocketAddrAny| {
-            Some(as_packets_have_it(SocketAddr::try_from(address).ok()?))
-        };
+        let endpoint =
+            |address: rustix::net::SocketAddrAny| Some(choose::endpoint(SocketAddr::try_from(address).ok()?));
         let peer = endpoint(rustix::net::getpeername(source).ok()??)?;
         let own = endpoint(rustix::net::getsockname(source).ok()?)?;
         Some(Renewal {
@@ -109,22 +109,5 @@ impl Renewer {
     pub(super) fn leave(&mut self, cookie: u64) {
         // It is gone already if it was closed.
         let _ = self.peers.remove(&cookie);
-    }
-}
-
-/// IPv4 on an IPv6 socket is IPv4 to those who look at packets.
-fn as_packets_have_it(address: SocketAddr) -> Endpoint {
-    let port = u32::from(address.port());
-    match address.ip().to_canonical() {
-        IpAddr::V4(ip) => {
-            Endpoint { address: [u32::from_ne_bytes(ip.octets()), 0, 0, 0], port, family: FAMILY_V4 }
-        }
-        IpAddr::V6(ip) => {
-            let mut words = [0; 4];
-            for (word, bytes) in words.iter_mut().zip(ip.octets().as_chunks::<4>().0) {
-                *word = u32::from_ne_bytes(*bytes);
-            }
-            Endpoint { address: words, port, family: FAMILY_V6 }
-        }
     }
 }
