@@ -7,6 +7,7 @@
 use std::fs;
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,6 +29,8 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(10);
 const STATUS_WITHIN: Duration = Duration::from_secs(1);
 /// Requests, one after the other, over a connection whose wake-ups are counted.
 const PROBE_REQUESTS: u32 = 200;
+/// Requests before these.
+const FIRST_REQUESTS: u32 = 20;
 
 /// Opens connections to a drowse until `plane` carries one of them: drowse says so, and does not wake up for what a
 /// plane of the kernel moves.
@@ -71,12 +74,17 @@ fn is_carried(
     Ok(())
 }
 
-/// How often `process` gave the processor up to wait, for each of some requests over `flow`.
+/// How often `process` gave the processor up to wait, for each of some requests over `flow`. The first ones are not
+/// counted: a connection begins in user space.
 fn wakes_for_each_request(flow: &TcpStream, process: &Running, pattern: &Pattern) -> Result<f64> {
+    let exchange = |positions: Range<u32>| {
+        positions
+            .into_iter()
+            .try_for_each(|position| exchange_all(std::slice::from_ref(flow), pattern, position.into()))
+    };
+    exchange(0..FIRST_REQUESTS)?;
     let before = Counters::now(Some(process), false)?;
-    for position in 0..PROBE_REQUESTS {
-        exchange_all(std::slice::from_ref(flow), pattern, position.into())?;
-    }
+    exchange(FIRST_REQUESTS..FIRST_REQUESTS + PROBE_REQUESTS)?;
     let switches = Counters::now(Some(process), false)?.switches_since(&before);
     let switches = u32::try_from(switches.context("count drowse's wake-ups")?)?;
     Ok(f64::from(switches) / f64::from(PROBE_REQUESTS))

@@ -62,11 +62,11 @@ impl Plane {
     }
 
     /// How often drowse may wake up for each request over a flow that this plane carries, at most; none where it must
-    /// wake up to move bytes: about once, or twice with the answer. The first messages of a connection do wake it.
+    /// wake up to move bytes: about once, or twice with the answer.
     #[must_use]
     pub fn wakes_max(self) -> Option<f64> {
         match self {
-            Self::Sockmap | Self::SockmapEnds => Some(0.25),
+            Self::Sockmap | Self::SockmapEnds => Some(0.1),
             Self::Handoff | Self::Splice | Self::Copy => None,
         }
     }
