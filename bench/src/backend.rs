@@ -292,11 +292,23 @@ pub fn send(mut stream: &TcpStream, pattern: &Pattern, bytes: u64) -> Result<()>
 /// # Errors
 /// When the connection breaks or stalls.
 pub fn receive(mut stream: &TcpStream, pattern: &Pattern, bytes: u64) -> Result<Receipt> {
+    let patience = stream.read_timeout().context("ask for the read timeout")?.unwrap_or(STALL_MAX);
     let mut buffer = vec![0; CHUNK_LEN];
     let mut position = 0;
+    let mut last = drowse::clock::now();
     while position < bytes {
         let room = buffer.get_mut(..piece_len(bytes - position)).context("size a read")?;
-        let len = stream.read(room).with_context(|| format!("receive after {position} of {bytes} bytes"))?;
+        let len = match stream.read(room) {
+            // In a sockmap a blocking read ends early when another thread may send (`tcp_msg_wait_data`).
+            Err(err)
+                if err.kind() == ErrorKind::WouldBlock
+                    && drowse::clock::now().saturating_sub(last) < patience =>
+            {
+                continue;
+            }
+            read => read.with_context(|| format!("receive after {position} of {bytes} bytes"))?,
+        };
+        last = drowse::clock::now();
         let got = room.get(..len).unwrap_or_default();
         if got.is_empty() {
             break;

@@ -593,7 +593,7 @@ fn prepare_sockmap(object: &mut Object, wanted: Redirection) -> anyhow::Result<(
         bail!("{fault}; `--plane sockmap` uses it all the same");
     }
     let prepared = Sockmap::prepare(object, wanted)?;
-    let unnoticed = if wanted == Redirection::Ends { prepared.0.queued_bytes_are_told() } else { Ok(()) };
+    let unnoticed = if wanted == Redirection::Ends { prepared.0.peers_notice_nothing() } else { Ok(()) };
     for warning in fault.into_iter().chain(unnoticed.err()) {
         warn!("{warning}; it is used all the same, because it was asked for");
     }

@@ -198,7 +198,7 @@ macro_rules! plane_tests {
             short_cut::an_edge_triggered_stream_is_cut_short,
             short_cut::other_connections_of_the_backend_are_left_alone,
             short_cut::a_peer_with_an_upper_layer_is_left_alone,
-            short_cut::the_probe_gives_an_answer,
+            short_cut::what_peers_notice_is_found_out,
         }
     };
     (@tests $($theme:ident::$test:ident,)+) => {

@@ -25,7 +25,6 @@ use crate::sys::{self, SharedWords};
 
 mod ends;
 mod probe;
-mod probe_ends;
 
 pub use ends::Renewed;
 pub use probe::known_fault;
@@ -120,7 +119,7 @@ impl Sockmap {
             Redirection::Own => None,
             Redirection::Ends => Some(Ends::prepare(object)?),
             Redirection::Best => {
-                Ends::prepare(object).ok().filter(|ends| probe_ends::queued_bytes_are_told(ends).is_ok())
+                Ends::prepare(object).ok().filter(|ends| probe::peers::notice_nothing(ends).is_ok())
             }
         };
         let mut announcements = Announcements(object.ring_buffer(map::PASSING)?);
@@ -158,13 +157,13 @@ impl Sockmap {
         self.ends.is_some()
     }
 
-    /// Tries on sockets of our own whether programs can tell how many bytes are queued on a socket in a sockmap
-    /// (`FIONREAD`). Many stall if they cannot. `Ok` if no peers are put into one.
+    /// Tries on sockets of our own whether programs can notice that their socket is in a sockmap. `Ok` if no peers are put
+    /// into one.
     ///
     /// # Errors
-    /// They cannot, or it could not be tried; in words.
-    pub fn queued_bytes_are_told(&self) -> Result<(), String> {
-        self.ends.as_ref().map_or(Ok(()), probe_ends::queued_bytes_are_told)
+    /// What they can notice, or why it could not be tried.
+    pub fn peers_notice_nothing(&self) -> Result<(), String> {
+        self.ends.as_ref().map_or(Ok(()), probe::peers::notice_nothing)
     }
 
     /// What one worker needs.

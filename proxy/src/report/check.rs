@@ -129,7 +129,7 @@ fn sockmap_ends_fact(sockmap: &Fact) -> Fact {
 fn try_sockmap_ends() -> anyhow::Result<()> {
     let mut object = Object::load_to_try(layout_for_sockmap()?)?;
     let (sockmap, _announcements) = Sockmap::prepare(&mut object, Redirection::Ends)?;
-    sockmap.queued_bytes_are_told().map_err(anyhow::Error::msg)
+    sockmap.peers_notice_nothing().map_err(anyhow::Error::msg)
 }
 
 /// Whether splice(2) works here, by moving a byte.

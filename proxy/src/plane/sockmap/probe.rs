@@ -21,6 +21,7 @@ use rustix::net::{Shutdown, shutdown, sockopt};
 use rustix::system::uname;
 
 mod loopback;
+pub(super) mod peers;
 
 use super::{Announcements, Redirector, Sockmap};
 use crate::ebpf::kernel_release;

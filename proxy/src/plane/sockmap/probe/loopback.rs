@@ -161,7 +161,8 @@ impl Deadline {
     }
 }
 
-fn wait_for(events: &[(impl AsFd, PollFlags)], time: Duration) -> bool {
+/// Waits for one of these events. Returns whether there is one.
+pub(super) fn wait_for(events: &[(impl AsFd, PollFlags)], time: Duration) -> bool {
     let mut fds: Vec<_> = events.iter().map(|(fd, events)| PollFd::new(fd, *events)).collect();
     let time = Timespec::try_from(time).ok();
     retry_on_intr(|| poll(&mut fds, time.as_ref())).is_ok_and(|ready| ready > 0)
