@@ -2,7 +2,7 @@
 //!
 //! Must never: read them in another way than a user would.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -103,6 +103,41 @@ pub fn held_by(pid: u32) -> Result<BTreeSet<(&'static str, u64)>> {
         }
     }
     Ok(held)
+}
+
+/// The ids of the maps that a process holds.
+///
+/// # Errors
+/// It is not there.
+pub fn maps_held_by(pid: u32) -> Result<BTreeSet<u64>> {
+    let mut maps = BTreeSet::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo")).context("list the descriptors")? {
+        // One that is closed meanwhile is not held.
+        let Ok(info) = std::fs::read_to_string(entry?.path()) else { continue };
+        let id = info.lines().find_map(|line| line.strip_prefix("map_id:"));
+        maps.extend(id.map(|id| id.trim().parse::<u64>()).transpose()?);
+    }
+    Ok(maps)
+}
+
+/// How many entries the maps have that a process holds and that `is_meant` by their names. They need not be pinned.
+///
+/// # Errors
+/// The process is not there, or two maps have one name.
+pub fn entries_held_by(pid: u32, is_meant: impl Fn(&str) -> bool) -> Result<BTreeMap<String, usize>> {
+    let mut entries = BTreeMap::new();
+    for id in maps_held_by(pid)? {
+        let id = id.to_string();
+        let shown = bpftool(&["map", "show", "id", &id])?;
+        let name =
+            shown.get("name").and_then(Value::as_str).with_context(|| format!("no name in {shown}"))?;
+        if is_meant(name) {
+            let dumped = bpftool(&["map", "dump", "id", &id])?;
+            let count = dumped.as_array().with_context(|| format!("no entries in {dumped}"))?.len();
+            ensure!(entries.insert(name.to_owned(), count).is_none(), "two maps {name}");
+        }
+    }
+    Ok(entries)
 }
 
 /// Waits until the kernel has none of these programs and links any more.

@@ -30,6 +30,7 @@ pub mod counters;
 pub mod ends;
 pub mod families;
 mod fixture;
+pub mod leftovers;
 pub mod many;
 pub mod resets;
 pub mod short_cut;
@@ -114,6 +115,7 @@ pub fn in_namespaces(test: fn(MakePlane), make: MakePlane) -> Result<()> {
 /// |---|---|---|
 /// | `everywhere` | what holds for each plane | nothing |
 /// | `asleep` | an uncongested flow wakes no thread of the plane (`forward-...`) | a plane that promises it |
+/// | `in_kernel` | what the maps hold that flows are in | a plane that has such maps |
 /// | `cut_short` | peers send straight to the other side | a plane that has them do it |
 /// | `alone` | what needs its own limits, ports, addresses or network namespaces | [`in_namespaces`] |
 #[macro_export]
@@ -190,6 +192,11 @@ macro_rules! plane_tests {
     (@set asleep) => {
         $crate::plane_tests! { @tests
             counters::uncongested_flow_costs_no_switches,
+        }
+    };
+    (@set in_kernel) => {
+        $crate::plane_tests! { @tests
+            leftovers::flows_of_every_end_leave_no_map_entry,
         }
     };
     (@set cut_short) => {

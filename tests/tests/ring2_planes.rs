@@ -5,5 +5,5 @@ use drowse_tests::planes::{copy, in_namespaces, sockmap, sockmap_ends, splice};
 
 plane_tests!(copy, in_namespaces, [everywhere, alone]);
 plane_tests!(splice, in_namespaces, [everywhere, alone]);
-plane_tests!(sockmap, in_namespaces, [everywhere, alone, asleep]);
-plane_tests!(sockmap_ends, in_namespaces, [everywhere, alone, asleep, cut_short]);
+plane_tests!(sockmap, in_namespaces, [everywhere, alone, asleep, in_kernel]);
+plane_tests!(sockmap_ends, in_namespaces, [everywhere, alone, asleep, in_kernel, cut_short]);

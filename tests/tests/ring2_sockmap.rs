@@ -24,7 +24,9 @@ use drowse_ebpf::Proxied;
 use drowse_tests::deadline::{eventually, pause};
 use drowse_tests::drowse_binary;
 use drowse_tests::isolated::isolated;
-use drowse_tests::pinned::{bpftool, dump, held_by, steering_links, wait_until_gone};
+use drowse_tests::pinned::{
+    bpftool, dump, entries_held_by, held_by, maps_held_by, steering_links, wait_until_gone,
+};
 use drowse_tests::process::{Drowse, RUNTIME_DIR, SOON, connect_to, echo};
 use drowse_tests::whoami::{Backend, handed_off};
 use rustix::process::Signal;
@@ -108,17 +110,6 @@ fn redirected(drowse: &Drowse) -> Result<TcpStream> {
 fn programs_of(pid: u32) -> Result<Vec<Value>> {
     let programs = held_by(pid)?.into_iter().filter(|(kind, _)| *kind == "prog");
     programs.map(|(_, id)| Ok(bpftool(&["prog", "show", "id", &id.to_string()])?["name"].clone())).collect()
-}
-
-/// The ids of the maps that a process holds.
-fn maps_of(pid: u32) -> Result<BTreeSet<u64>> {
-    let mut maps = BTreeSet::new();
-    for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-        let Ok(info) = std::fs::read_to_string(entry?.path()) else { continue };
-        let id = info.lines().find_map(|line| line.strip_prefix("map_id:"));
-        maps.extend(id.map(|id| id.trim().parse::<u64>()).transpose()?);
-    }
-    Ok(maps)
 }
 
 /// The ids of the pinned maps.
@@ -269,15 +260,8 @@ fn three_capabilities_are_enough_for_whoever_has_them() -> Result<()> {
 
 /// The entries of the map of directions that a process holds, which need not be pinned.
 fn directions_of(pid: u32) -> Result<usize> {
-    for id in maps_of(pid)? {
-        let id = id.to_string();
-        let shown = bpftool(&["map", "show", "id", &id])?;
-        if shown["name"] == "DIRECTIONS" {
-            let entries = bpftool(&["map", "dump", "id", &id])?;
-            return Ok(entries.as_array().context("a list of entries")?.len());
-        }
-    }
-    bail!("it holds no such map")
+    let entries = entries_held_by(pid, |name| name == "DIRECTIONS")?;
+    entries.into_values().next().context("it holds no such map")
 }
 
 fn permissions(mode: u32) -> std::fs::Permissions {
@@ -464,7 +448,7 @@ fn a_killed_drowse_leaves_no_open_flow_and_nothing_that_works() -> Result<()> {
             let counted = number(&status, &format!("/counters/redirected/{field}"));
             ensure!(counted >= least, "{field} is {counted}: {status:#}");
         }
-        let (programs, maps) = (held_by(killed.id())?, maps_of(killed.id())?);
+        let (programs, maps) = (held_by(killed.id())?, maps_held_by(killed.id())?);
         ensure!(programs_of(killed.id())?.iter().any(|name| name == "redirect"), "no program redirects");
         let pinned = pinned_maps()?;
         ensure!(pinned.is_subset(&maps), "{pinned:?} of {maps:?}");
@@ -504,7 +488,7 @@ fn a_killed_drowse_leaves_no_peer_in_its_maps() -> Result<()> {
             exchange(&mut flow)?;
             Ok((number(&shown(&killed)?, "/counters/redirected/peers_total") == 2).then_some(()))
         })?;
-        let (programs, maps) = (held_by(killed.id())?, maps_of(killed.id())?);
+        let (programs, maps) = (held_by(killed.id())?, maps_held_by(killed.id())?);
         let pinned = pinned_maps()?;
         killed.signal(Signal::KILL)?;
         let at = clock::now();

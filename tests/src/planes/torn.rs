@@ -19,7 +19,7 @@ use crate::deadline::pause;
 const SOON: Duration = Duration::from_secs(1);
 
 /// Receives the stream until its end and checks every byte. Tells how many there were.
-fn receive(socket: &Socket, stream: &Endless) -> io::Result<usize> {
+pub(super) fn receive(socket: &Socket, stream: &Endless) -> io::Result<usize> {
     let mut buffer = vec![0; 64 * KIB];
     let mut position = 0;
     loop {
@@ -33,7 +33,7 @@ fn receive(socket: &Socket, stream: &Endless) -> io::Result<usize> {
 }
 
 /// Sends the stream until that fails.
-fn send(mut socket: &Socket, stream: &Endless) -> io::Error {
+pub(super) fn send(mut socket: &Socket, stream: &Endless) -> io::Error {
     let mut position = 0;
     loop {
         match socket.write(stream.at(position)) {
