@@ -177,18 +177,23 @@ fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<[u8; 128]> {
 /// # Errors
 /// As `setsockopt(2)`.
 pub fn poke(socket: BorrowedFd<'_>) -> io::Result<()> {
-    let one: c_int = 1;
+    set_number(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1)
+}
+
+/// Once nobody has the socket any more, a peer that has not ended its half is reset as soon as it has acknowledged
+/// our FIN, and not kept waiting for a minute (`TCP_LINGER2` below zero, tcp(7)). It has received everything by then.
+///
+/// # Errors
+/// As `setsockopt(2)`.
+pub fn reset_when_orphaned(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set_number(socket, libc::IPPROTO_TCP, libc::TCP_LINGER2, -1)
+}
+
+fn set_number(socket: BorrowedFd<'_>, level: c_int, option: c_int, number: c_int) -> io::Result<()> {
     let size = libc::socklen_t::try_from(size_of::<c_int>()).unwrap_or(0);
-    // SAFETY: the kernel reads `size` bytes of `one`, which lives until the call returns.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVLOWAT,
-            (&raw const one).cast(),
-            size,
-        )
-    };
+    // SAFETY: the kernel reads `size` bytes of `number`, which lives until the call returns.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const number).cast(), size) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

@@ -3,7 +3,8 @@
 //! Owns: the programs' attachment, the maps that it works with, and the one reader of what it announces. Must
 //! never: move a byte (`forward` moves what is passed), or let a direction be half in: what could not be begun is undone.
 //! Rests on: a socket leaving all sockmaps when it is closed; an update by descriptor that asks for no capability (Linux
-//! 5.19).
+//! 5.19); an orphan with `TCP_LINGER2` below zero that answers the acknowledgement of its FIN with a reset
+//! (`tcp_rcv_state_process`).
 
 use std::fmt;
 use std::io;
@@ -244,6 +245,9 @@ impl Redirector {
     /// # Errors
     /// As [`Redirector::join`]; then nothing has changed.
     pub fn begin(&mut self, source: &OwnedFd, cookie: u64, direction: Direction) -> io::Result<()> {
+        // A close with unread bytes resets, unless these are the passed ones. If we are killed, the peer would go on
+        // writing into a window that stays closed.
+        sys::reset_when_orphaned(source.as_fd())?;
         self.directions.insert(cookie, direction, 0).map_err(into_io)?;
         let begun = self
             .taken
