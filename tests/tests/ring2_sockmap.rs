@@ -9,13 +9,15 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, channel};
+use std::thread::spawn;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use drowse::accounting::Accounting;
 use drowse::admission::Seat;
-use drowse::clock;
+use drowse::clock::{self, Monotonic};
 use drowse::ebpf::{Object, layout};
 use drowse::plane::forward::{Forward, Mode};
 use drowse::plane::sockmap::Sockmap;
@@ -29,7 +31,11 @@ use drowse_tests::pinned::{
 };
 use drowse_tests::process::{Drowse, RUNTIME_DIR, SOON, connect_to, echo};
 use drowse_tests::whoami::{Backend, handed_off};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use rustix::process::Signal;
+use rustix::time::Timespec;
 use serde_json::Value;
 
 const ECHO: &str = env!("CARGO_BIN_EXE_echo-backend");
@@ -38,6 +44,10 @@ const PUBLIC: &str = "127.0.0.1:8080";
 const BACKEND: &str = "127.0.0.1:8081";
 /// A killed drowse has ended each of its flows by then.
 const HEARD_WITHIN: Duration = Duration::from_secs(1);
+/// Longer than anything takes that is not measured, on a machine that has much else to do.
+const LONG: Duration = Duration::from_mins(1);
+/// Bytes of a request, and of an answer.
+const MESSAGE: usize = 64;
 /// The pins that stay when drowse is killed, for the next one to replace or take up.
 const PINNED: [&str; 9] =
     ["PORTS", "LISTENS", "PUBLIC", "DIRECTIONS", "TAKEN", "PROXIED", "MARKS", "FLOWS", "SERVICE"];
@@ -501,6 +511,243 @@ fn a_killed_drowse_leaves_no_peer_in_its_maps() -> Result<()> {
         wait_until_gone(&programs)?;
         wait_until_maps_are_gone(&maps.difference(&pinned).copied().collect())
     })
+}
+
+/// What the threads of [`Load`] do with its sockets, until these end.
+type Work = fn(&TcpStream, &AtomicU64) -> Result<()>;
+
+/// What a thread has to say: what it did, and when it heard of the end.
+type Heard = (String, Result<Monotonic>);
+
+/// Flows that are used without a pause by a thread for each direction of each end.
+struct Load {
+    /// The sockets of the clients and of the backend. They stay open when the threads have ended.
+    sockets: Vec<(Arc<TcpStream>, Arc<TcpStream>)>,
+    /// What each thread has moved or done so far.
+    done: Vec<(String, Arc<AtomicU64>)>,
+    heard: Receiver<Heard>,
+}
+
+impl Load {
+    const FLOWS: usize = 8;
+
+    /// Half of the flows carry bulk both ways at once, the others requests and answers.
+    fn on(flows: Vec<(TcpStream, TcpStream)>) -> Self {
+        let (tell, heard) = channel();
+        let mut load = Self { sockets: Vec::new(), done: Vec::new(), heard };
+        for (number, (client, backend)) in flows.into_iter().enumerate() {
+            let (client, backend) = (Arc::new(client), Arc::new(backend));
+            let bulk: [(&str, &Arc<TcpStream>, Work); 4] = [
+                ("a writing client", &client, push),
+                ("a reading client", &client, pull),
+                ("a writing backend", &backend, push),
+                ("a reading backend", &backend, pull),
+            ];
+            let requests: [(&str, &Arc<TcpStream>, Work); 2] =
+                [("an asking client", &client, ask), ("an answering backend", &backend, reply)];
+            for (what, stream, work) in if number % 2 == 0 { &bulk[..] } else { &requests[..] } {
+                let (name, stream, work) = (format!("{what}, flow {number}"), Arc::clone(stream), *work);
+                let done = Arc::new(AtomicU64::new(0));
+                load.done.push((name.clone(), Arc::clone(&done)));
+                let tell = tell.clone();
+                spawn(move || {
+                    let end = work(&stream, &done).map(|()| clock::now());
+                    // Nobody waits for it when the test has failed.
+                    let _ = tell.send((name, end));
+                });
+            }
+            load.sockets.push((client, backend));
+        }
+        load
+    }
+
+    /// Waits until each thread has got on by `steps`.
+    fn wait_for_steps(&self, steps: u64) -> Result<()> {
+        let start: Vec<u64> = self.done.iter().map(|(_, done)| done.load(Relaxed)).collect();
+        for ((name, done), start) in self.done.iter().zip(start) {
+            eventually(&format!("{name} to get on"), LONG, || {
+                Ok((done.load(Relaxed) - start >= steps).then_some(()))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Waits until each thread has heard of the end, and tells when the last one did and who that was.
+    fn wait_for_all(&self) -> Result<(Monotonic, String)> {
+        let mut missing: BTreeSet<&str> = self.done.iter().map(|(name, _)| name.as_str()).collect();
+        let mut last = (Monotonic::ZERO, String::new());
+        while !missing.is_empty() {
+            let told = self.heard.recv_timeout(LONG);
+            let (name, at) = told.with_context(|| format!("these hang: {missing:?}"))?;
+            let at = at.with_context(|| name.clone())?;
+            missing.remove(name.as_str());
+            last = last.max((at, name));
+        }
+        Ok(last)
+    }
+}
+
+/// Whether a socket tells by this that its other side is gone.
+fn is_end(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe)
+}
+
+/// Writes until the end, and counts the writes.
+fn push(mut stream: &TcpStream, done: &AtomicU64) -> Result<()> {
+    let bytes = vec![7; 64 << 10];
+    loop {
+        match stream.write(&bytes) {
+            Ok(_) => done.fetch_add(1, Relaxed),
+            Err(error) if is_end(&error) => return Ok(()),
+            Err(error) => return Err(error).context("write"),
+        };
+    }
+}
+
+/// Reads until the end, and counts the reads.
+fn pull(stream: &TcpStream, done: &AtomicU64) -> Result<()> {
+    let mut buffer = vec![0; 64 << 10];
+    while receive(stream, &mut buffer)? > 0 {
+        done.fetch_add(1, Relaxed);
+    }
+    Ok(())
+}
+
+/// Asks and waits for the answer, until the end.
+fn ask(mut stream: &TcpStream, done: &AtomicU64) -> Result<()> {
+    loop {
+        match stream.write_all(&[1; MESSAGE]) {
+            Err(error) if is_end(&error) => return Ok(()),
+            written => written.context("ask")?,
+        }
+        if !receive_message(stream)? {
+            return Ok(());
+        }
+        done.fetch_add(1, Relaxed);
+    }
+}
+
+/// Waits for a request and answers it, until the end.
+fn reply(mut stream: &TcpStream, done: &AtomicU64) -> Result<()> {
+    while receive_message(stream)? {
+        match stream.write_all(&[2; MESSAGE]) {
+            Err(error) if is_end(&error) => return Ok(()),
+            written => written.context("answer")?,
+        }
+        done.fetch_add(1, Relaxed);
+    }
+    Ok(())
+}
+
+/// Receives a whole message; not if the end comes first.
+fn receive_message(stream: &TcpStream) -> Result<bool> {
+    let mut buffer = [0; MESSAGE];
+    let mut count = 0;
+    while count < MESSAGE {
+        match receive(stream, &mut buffer[count..])? {
+            0 => return Ok(false),
+            more => count += more,
+        }
+    }
+    Ok(true)
+}
+
+/// Receives what there is; nothing at the end. `recv` itself does not wait: on a socket in a sockmap it may give up early
+/// (`tcp_bpf_recvmsg`).
+fn receive(stream: &TcpStream, buffer: &mut [u8]) -> Result<usize> {
+    loop {
+        let mut fds = [PollFd::new(stream, PollFlags::IN | PollFlags::RDHUP)];
+        let ready = poll(&mut fds, Some(&Timespec::try_from(LONG)?))?;
+        ensure!(ready > 0, "nothing came, not even an end");
+        match rustix::net::recv(stream, &mut *buffer, RecvFlags::DONTWAIT) {
+            Ok((count, _)) => return Ok(count),
+            Err(Errno::CONNRESET | Errno::PIPE) => return Ok(0),
+            Err(Errno::AGAIN) => {}
+            Err(error) => return Err(error).context("receive"),
+        }
+    }
+}
+
+/// A flow is over for this socket as it is for one that no program has seen: no read waits, no write gets through, and it
+/// can be connected anew.
+fn works_like_a_plain_one(stream: &TcpStream) -> Result<()> {
+    eventually("writes to fail", LONG, || Ok((&*stream).write(b"x").is_err().then_some(())))?;
+    let mut rest = vec![0; 64 << 10];
+    while receive(stream, &mut rest)? > 0 {}
+    ensure!((&*stream).read(&mut rest)? == 0, "bytes after the end");
+    let error = stream.take_error()?;
+    ensure!(error.is_none(), "an error is left: {error:?}");
+
+    rustix::net::connect_unspec(stream).context("dissolve the connection")?;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    rustix::net::connect(stream, &listener.local_addr()?).context("connect anew")?;
+    let (accepted, _) = listener.accept()?;
+    accepted.set_read_timeout(Some(SOON))?;
+    let mut flow = (stream.try_clone()?, accepted);
+    (0..100).try_for_each(|_| exchange(&mut flow))
+}
+
+/// Kills drowse while flows, whose bytes `plane` moves, are under full load.
+fn killed_under_load(plane: &str) -> Result<()> {
+    isolated(|| {
+        let (_backend, accepted) = connections_to_the_test()?;
+        let mut killed = in_front(&["--plane", plane])?;
+        wait_for_plane(&killed, plane)?;
+        let mut flows = Vec::new();
+        for open in 1..=Load::FLOWS as u64 {
+            let peers = if plane == "sockmap-ends" { 2 * open } else { 0 };
+            let mut flow = both_ends(&accepted)?;
+            // Whoever hangs in a write is found out by not being heard of.
+            [&flow.0, &flow.1].into_iter().try_for_each(|end| end.set_write_timeout(None))?;
+            eventually("a flow that the kernel moves", LONG, || {
+                (0..8).try_for_each(|_| exchange(&mut flow))?;
+                let status = shown(&killed)?;
+                let counted = |field| number(&status, &format!("/counters/redirected/{field}"));
+                Ok(((counted("flows_open"), counted("peers_total")) == (open, peers)).then_some(()))
+            })?;
+            flows.push(flow);
+        }
+        let (programs, maps) = (held_by(killed.id())?, maps_held_by(killed.id())?);
+        let pinned = pinned_maps()?;
+        let load = Load::on(flows);
+        let before = shown(&killed)?;
+        load.wait_for_steps(200)?;
+        let after = shown(&killed)?;
+        for field in ["redirected_to_client", "redirected_to_backend"] {
+            let moved = [&before, &after].map(|now| number(now, &format!("/counters/redirected/{field}")));
+            ensure!(moved[1] > moved[0], "nothing more is {field}: {moved:?}");
+        }
+
+        // All are at it still.
+        load.wait_for_steps(1)?;
+        ensure!(load.heard.try_recv().is_err(), "a flow ended by itself");
+        let at = clock::now();
+        killed.signal(Signal::KILL)?;
+        let (last, who) = load.wait_for_all()?;
+        let took = last.saturating_sub(at);
+        ensure!(took < HEARD_WITHIN, "{who} heard only after {took:?}");
+        killed.wait_for_exit()?;
+        // The peers are open still: none of them keeps a program.
+        wait_until_gone(&programs)?;
+        wait_until_maps_are_gone(&maps.difference(&pinned).copied().collect())?;
+        for (client, backend) in &load.sockets {
+            works_like_a_plain_one(client).context("a client's socket")?;
+            works_like_a_plain_one(backend).context("a backend's socket")?;
+        }
+        Ok(())
+    })
+}
+
+/// At both ends of each flow everybody hears of it in time, whatever they were about.
+#[test]
+fn all_hear_of_a_drowse_killed_under_load() -> Result<()> {
+    killed_under_load("sockmap")
+}
+
+/// The same, with peers whose messages go straight to the other side.
+#[test]
+fn all_peers_hear_of_a_drowse_killed_under_load() -> Result<()> {
+    killed_under_load("sockmap-ends")
 }
 
 /// Both ends of a flow that `plane` has: the client's and the backend's.
