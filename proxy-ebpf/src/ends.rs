@@ -28,12 +28,15 @@
 //!   the rest of it passes, and moves `write_seq`.
 //! - Somebody else who writes to the peer's connection without us (another drowse that does this to us) moves it, too.
 //!
-//! **Room.** What a message will take of Y's memory is charged before it goes, never given back; a renewal lets that go as
-//! far as there is room in Y's queue at that moment. `charged` is read before the queue, so that a message counts in one of
-//! the two at least; the last one, which may have been charged and not be there yet, is taken off. A renewal is asked for
-//! before the credit ends, through the same ring buffer as [`crate::redirect`]'s. The new limit is there before the new `expected`. So a redirect finds room, and a peer hears from its
+//! **Room.** What a message will take of Y's memory is charged before it goes, by the size of the segments that it is cut
+//! into, and never given back; a renewal lets that go as far as half of the room in Y's queue at that moment. `charged` is read
+//! before the queue, so that a message counts in one of the two at least; the last one, which may have been charged and not be
+//! there yet, is taken off. The other half is for what cannot be known: a second thread's message under way, segments that are
+//! cut when they are sent again. A renewal is asked for before the credit ends, through the same ring buffer as
+//! [`crate::redirect`]'s. The new limit is there before the new `expected`. So a redirect finds room, and a peer hears from its
 //! own socket alone when to wait and when to go on. (When the kernel runs short of memory for TCP, a redirect may still find
-//! none, and a peer that does not block is told to wait; it is told to go on when its own socket says so, or never.)
+//! none, and a peer that does not block is told to wait; it is told to go on when its own socket says so, or never.) Memory is
+//! all that counts: `TCP_NOTSENT_LOWAT` of Y is off.
 //!
 //! **The end.** A peer stays in the map until it closes, or drowse ends; the short cut is closed by taking its credit. To take
 //! it out while its owner closes it is a race inside the kernel (a warning in `sock_map_destroy`, seen on 6.18).
@@ -51,13 +54,11 @@ use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_map_update_elem, bpf_sk_release, b
 use aya_ebpf::macros::{btf_map, classifier, sk_msg};
 use aya_ebpf::programs::{SkMsgContext, TcContext};
 use drowse_ebpf::{
-    CREDIT_MIN, Credit, ETHERNET_BYTES, MESSAGE_BYTES_SHIFT, MESSAGE_OVERHEAD, MESSAGES_AHEAD,
+    CREDIT_MIN, Credit, ETHERNET_BYTES, MESSAGE_OVERHEAD, MESSAGE_SEGMENT_MAX, MESSAGES_AHEAD,
     PROXIED_SOCKETS_MAX, PassingEvent, Renewal, renewed,
 };
 
-use crate::redirect::{
-    DIRECTIONS, PASSING, PROXIED, SNDBUF_OFFSET, SOCKETS, WMEM_QUEUED_OFFSET, WRITE_SEQ_OFFSET, look_up, word,
-};
+use crate::redirect::{DIRECTIONS, PASSING, PROXIED, SOCKETS, WRITE_SEQ_OFFSET, look_up, send_queue, word};
 use crate::storage::Storage;
 use crate::{atomic, find};
 
@@ -126,7 +127,8 @@ unsafe fn send_on(ctx: &SkMsgContext) {
         if word(tcp, &raw const WRITE_SEQ_OFFSET) != ptr::addr_of!((*credit).expected).read_volatile() {
             return;
         }
-        let cost = bytes + ((bytes >> MESSAGE_BYTES_SHIFT) + 1) * MESSAGE_OVERHEAD;
+        let segment = u64::from(ptr::addr_of!((*credit).segment).read_volatile());
+        let cost = bytes + (bytes.checked_div(segment).unwrap_or(bytes) + 1) * MESSAGE_OVERHEAD;
         ptr::addr_of_mut!((*credit).last).write_volatile(cost);
         // A full barrier: the limit that is read next is not older than what was expected.
         let charged = atomic::fetch_add(ptr::addr_of_mut!((*credit).charged), cost).wrapping_add(cost);
@@ -176,7 +178,7 @@ unsafe fn count(credit: *mut Credit, bytes: u64) {
         ptr::addr_of_mut!((*direction).last_activity_ns).write_volatile(now_ns);
         ptr::addr_of_mut!((*service).last_activity_ns).write_volatile(now_ns);
         atomic::add(ptr::addr_of_mut!((*direction).redirected), bytes);
-        let total = if ptr::addr_of!((*credit).to_client).read_volatile() != 0 {
+        let total = if ptr::addr_of!((*direction).to_client).read_volatile() != 0 {
             ptr::addr_of_mut!((*service).redirected_to_client)
         } else {
             ptr::addr_of_mut!((*service).redirected_to_backend)
@@ -210,15 +212,15 @@ pub fn renew(ctx: TcContext) -> i32 {
 unsafe fn renew_at(peer: *mut bpf_sock, renewal: &Renewal) -> u32 {
     // SAFETY: the caller's promise; the verifier checks each pointer.
     unsafe {
+        let credit = CREDITS.get(peer, 0);
         if renewal.ends != 0 {
-            let credit = CREDITS.get(peer, 0);
             if !credit.is_null() {
                 ptr::addr_of_mut!((*credit).limit).write_volatile(0);
             }
             return renewed::NOT_YET;
         }
+        let begins = credit.is_null() || ptr::addr_of!((*credit).source).read_volatile() != renewal.source;
         let state = ptr::addr_of!((*peer).state).read_volatile();
-        let begins = renewal.begin != 0;
         if state == LISTEN {
             return renewed::NOBODY;
         }
@@ -245,21 +247,20 @@ unsafe fn renew_at(peer: *mut bpf_sock, renewal: &Renewal) -> u32 {
         }
         // A full barrier: what is read of the target's queue next is not older.
         let charged = atomic::fetch_add(ptr::addr_of_mut!((*credit).charged), 0);
-        let room = look_up(renewal.target, |tcp| {
-            word(tcp, &raw const SNDBUF_OFFSET).saturating_sub(word(tcp, &raw const WMEM_QUEUED_OFFSET))
-        });
+        let Some(queue) = send_queue(renewal.target) else { return renewed::NOT_YET };
         // Nothing is on its way if the peer sent the ordinary way since.
         let expected = ptr::addr_of_mut!((*credit).expected);
         let last = ptr::addr_of!((*credit).last).read_volatile();
         let under_way = if expected.read_volatile() == written { last } else { 0 };
-        let room = room.map(|room| u64::from(room).saturating_sub(under_way));
-        let Some(room) = room.filter(|room| *room >= CREDIT_MIN) else {
+        let room = queue.room.saturating_sub(under_way);
+        if room < CREDIT_MIN {
             return renewed::NOT_YET;
-        };
+        }
+        // Half of it: a second thread may have a message under way, too, and segments that are sent again may be cut.
+        let credit_bytes = room / 2;
         if begins {
             ptr::addr_of_mut!((*credit).source).write_volatile(renewal.source);
             ptr::addr_of_mut!((*credit).target).write_volatile(renewal.target);
-            ptr::addr_of_mut!((*credit).to_client).write_volatile(renewal.to_client);
             let (map, key) = (ptr::from_ref(&ENDS).cast_mut().cast(), ptr::from_ref(&renewal.source).cast());
             if bpf_map_update_elem(map, key, peer.cast(), u64::from(BPF_NOEXIST)) != 0 {
                 return renewed::NOBODY;
@@ -268,8 +269,10 @@ unsafe fn renew_at(peer: *mut bpf_sock, renewal: &Renewal) -> u32 {
                 atomic::add(ptr::addr_of_mut!((*service).peers_total), 1);
             }
         }
-        ptr::addr_of_mut!((*credit).limit).write_volatile(charged.wrapping_add(room));
-        ptr::addr_of_mut!((*credit).low).write_volatile(charged.wrapping_add(room - room / 4));
+        ptr::addr_of_mut!((*credit).segment).write_volatile(queue.segment.min(MESSAGE_SEGMENT_MAX));
+        ptr::addr_of_mut!((*credit).limit).write_volatile(charged.wrapping_add(credit_bytes));
+        ptr::addr_of_mut!((*credit).low)
+            .write_volatile(charged.wrapping_add(credit_bytes - credit_bytes / 4));
         // A full barrier again: whoever sees what is expected now sees the limit.
         atomic::fetch_add(ptr::addr_of_mut!((*credit).charged), 0);
         expected.write_volatile(written);

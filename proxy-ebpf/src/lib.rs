@@ -89,6 +89,8 @@ pub mod global {
     pub const SNDBUF_OFFSET: &str = "SNDBUF_OFFSET";
     /// `u32`: where `copied_seq` lies in `struct tcp_sock`.
     pub const COPIED_SEQ_OFFSET: &str = "COPIED_SEQ_OFFSET";
+    /// `u32`: where `mss_cache` lies in `struct tcp_sock`.
+    pub const MSS_OFFSET: &str = "MSS_OFFSET";
     /// `u32`: where `icsk_ulp_ops` lies in `struct inet_connection_sock`.
     pub const ULP_OPS_OFFSET: &str = "ULP_OPS_OFFSET";
     /// `u32`: where `sk_socket` lies in `struct sock`.
@@ -140,11 +142,11 @@ pub const BACKLOG_MAX: u64 = 128 * 1024;
 pub const SEGMENT_OVERHEAD: u64 = 2048;
 
 /// What a message in a send queue takes beyond its bytes when it got there from a peer: a `struct sk_buff` with room for
-/// headers and for its copy (1280 bytes on 64 bits), for each so many bytes.
+/// headers and for its copy (1280 bytes on 64 bits), for each segment that it is cut into.
 pub const MESSAGE_OVERHEAD: u64 = 1280;
 
 /// The most bytes of a message that share one such `struct sk_buff`, as far as we count on it.
-pub const MESSAGE_BYTES_SHIFT: u32 = 15;
+pub const MESSAGE_SEGMENT_MAX: u32 = 32 * 1024;
 
 /// A renewal is asked for when so many messages more like the last one would be beyond three quarters of the limit.
 pub const MESSAGES_AHEAD: u64 = 8;
@@ -153,10 +155,10 @@ pub const MESSAGES_AHEAD: u64 = 8;
 pub const CREDIT_MIN: u64 = 16 * 1024;
 
 /// Bytes of the ring buffer of directions that begin to pass.
-pub const PASSING_EVENTS_BYTES: usize = 128 * 1024;
+pub const PASSING_EVENTS_BYTES: usize = 256 * 1024;
 
-// Every direction may begin to pass at once, each event with its header of 8 bytes.
-const _: () = assert!(PASSING_EVENTS_BYTES >= PROXIED_SOCKETS_MAX * (size_of::<PassingEvent>() + 8));
+// Every direction may begin to pass at once, and again before the first event is read, each with its header of 8 bytes.
+const _: () = assert!(PASSING_EVENTS_BYTES >= 2 * PROXIED_SOCKETS_MAX * (size_of::<PassingEvent>() + 8));
 const _: () = assert!(PASSING_EVENTS_BYTES.is_power_of_two());
 
 /// The length of an Ethernet header: the first bytes of what user space hands to a classifier, not used.
@@ -372,8 +374,8 @@ pub struct Credit {
     pub last: u64,
     /// The peer's `write_seq` when everything that it had written to its connection was in the target's send queue.
     pub expected: u32,
-    /// Not zero: its messages go to the client.
-    pub to_client: u32,
+    /// The bytes of a message that share a `struct sk_buff` in the target's queue, at least.
+    pub segment: u32,
 }
 
 /// What user space asks `renew`, when it has moved on all that it received from a peer. The answer, the program's return
@@ -387,10 +389,6 @@ pub struct Renewal {
     pub own: [u32; 4],
     /// The port of our socket, host byte order.
     pub own_port: u32,
-    /// Not zero: the peer is not in [`map::ENDS`] yet.
-    pub begin: u32,
-    /// As in [`Credit`].
-    pub to_client: u32,
     /// Not zero: close the short cut; the answer is [`renewed::NOT_YET`].
     pub ends: u32,
     /// The cookie of our socket.
@@ -418,8 +416,8 @@ impl Renewal {
     #[must_use]
     pub fn to_frame(&self) -> [u8; ETHERNET_BYTES + size_of::<Self>()] {
         let mut frame = [0; ETHERNET_BYTES + size_of::<Self>()];
-        let (head, cookies) = frame.split_at_mut(ETHERNET_BYTES).1.split_at_mut(56);
-        let rest = [self.own_port, self.begin, self.to_client, self.ends];
+        let (head, cookies) = frame.split_at_mut(ETHERNET_BYTES).1.split_at_mut(48);
+        let rest = [self.own_port, self.ends];
         let peer = self.peer.address.into_iter().chain([self.peer.port, self.peer.family]);
         let words = peer.chain(self.own).chain(rest);
         for (place, word) in head.chunks_exact_mut(4).zip(words) {
@@ -648,20 +646,19 @@ mod tests {
     #[test]
     fn a_renewal_is_written_field_by_field() {
         assert_eq!(size_of::<Credit>(), 56);
-        assert_eq!(size_of::<Renewal>(), 72);
+        assert_eq!(size_of::<Renewal>(), 64);
         assert_eq!(offset_of!(Renewal, own), 24);
         assert_eq!(offset_of!(Renewal, own_port), 40);
-        assert_eq!(offset_of!(Renewal, source), 56);
+        assert_eq!(offset_of!(Renewal, source), 48);
         let peer = Endpoint { address: [1, 2, 3, 4], port: 5, family: 6 };
         let own = [7, 8, 9, 10];
-        let (own_port, begin, to_client, ends) = (11, 12, 13, 14);
-        let renewal = Renewal { peer, own, own_port, begin, to_client, ends, source: 15, target: 16 };
+        let renewal = Renewal { peer, own, own_port: 11, ends: 12, source: 13, target: 14 };
         let frame = renewal.to_frame();
-        let (words, cookies) = frame[ETHERNET_BYTES..].split_at(56);
+        let (words, cookies) = frame[ETHERNET_BYTES..].split_at(48);
         for (expected, word) in (1_u32..).zip(words.chunks_exact(4)) {
             assert_eq!(word, expected.to_ne_bytes());
         }
-        for (expected, cookie) in (15_u64..).zip(cookies.chunks_exact(8)) {
+        for (expected, cookie) in (13_u64..).zip(cookies.chunks_exact(8)) {
             assert_eq!(cookie, expected.to_ne_bytes());
         }
     }

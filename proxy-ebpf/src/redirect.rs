@@ -77,6 +77,11 @@ pub static WMEM_QUEUED_OFFSET: u32 = 0;
 #[unsafe(no_mangle)]
 pub static SNDBUF_OFFSET: u32 = 0;
 
+/// Where `mss_cache` lies in `struct tcp_sock`.
+// SAFETY: as above.
+#[unsafe(no_mangle)]
+pub static MSS_OFFSET: u32 = 0;
+
 /// `SK_PASS`: to the socket's own receive queue, or, after a redirect was asked for, to its target.
 const PASS: u32 = 1;
 /// `SK_DROP`.
@@ -95,8 +100,7 @@ pub fn redirect(ctx: SkBuffContext) -> u32 {
     if let Some(direction) = DIRECTIONS.get_ptr_mut(source)
         && let Some(service) = PROXIED.get_ptr_mut(0)
     {
-        // SAFETY: the verifier has checked the pointers. User space makes an entry before the socket is in the map, and
-        // removes it after.
+        // SAFETY: the verifier has checked the pointers. User space makes an entry before the socket is in the map.
         unsafe { decide(&ctx, source, direction, service, bytes) };
     }
     PASS
@@ -191,28 +195,33 @@ unsafe fn has_room(direction: *mut Direction, written: u64, bytes: u64) -> bool 
         segments.write_volatile(queued);
         // Somebody else wrote to the target, if it has got more than it was given; then this is huge, too.
         let backlog = backlog + bytes;
-        backlog <= BACKLOG_MAX && backlog + u64::from(queued) * SEGMENT_OVERHEAD <= queue.room
+        // They are cut into what the target may send at once.
+        let cut = u64::from(queued) + backlog.checked_div(queue.segment.into()).unwrap_or(backlog);
+        backlog <= BACKLOG_MAX && backlog + cut * SEGMENT_OVERHEAD <= queue.room
     }
 }
 
 /// A socket's send queue.
-struct SendQueue {
+pub struct SendQueue {
     /// How far it has got.
     write_seq: u32,
     /// The memory that it may still take.
-    room: u64,
+    pub room: u64,
+    /// The bytes that a segment has room for, at least.
+    pub segment: u32,
 }
 
 /// The target's send queue, if it is there.
 #[inline(always)]
-fn send_queue(target: u64) -> Option<SendQueue> {
+pub fn send_queue(target: u64) -> Option<SendQueue> {
     look_up(target, |tcp| {
         // SAFETY: the socket is there as long as this runs.
         let word = |offset| unsafe { word(tcp, offset) };
         let write_seq = word(&raw const WRITE_SEQ_OFFSET);
         let queued = word(&raw const WMEM_QUEUED_OFFSET);
         let limit = word(&raw const SNDBUF_OFFSET);
-        SendQueue { write_seq, room: u64::from(limit.saturating_sub(queued)) }
+        let segment = word(&raw const MSS_OFFSET);
+        SendQueue { write_seq, room: u64::from(limit.saturating_sub(queued)), segment }
     })
 }
 

@@ -130,6 +130,7 @@ impl Object {
                 .override_global(abi::global::WMEM_QUEUED_OFFSET, &layout.wmem_queued, true)
                 .override_global(abi::global::SNDBUF_OFFSET, &layout.sndbuf, true)
                 .override_global(abi::global::COPIED_SEQ_OFFSET, &layout.copied_seq, true)
+                .override_global(abi::global::MSS_OFFSET, &layout.mss, true)
                 .override_global(abi::global::ULP_OPS_OFFSET, &layout.ulp_ops, true)
                 .override_global(abi::global::SOCKET_OFFSET, &layout.socket, true);
         }
@@ -333,11 +334,10 @@ pub fn layout_for_sockmap() -> anyhow::Result<Layout> {
     layout()
 }
 
-/// How many sockets the maps of proxied flows take, and the bytes of the ring buffer of [`abi::PassingEvent`]: all of them
-/// may begin to pass at once, each event with its header of 8 bytes.
+/// How many sockets the maps of proxied flows take, and the bytes of the ring buffer of [`abi::PassingEvent`].
 fn sizes(flows_max: usize) -> (usize, usize) {
     let sockets = 2 * flows_max.clamp(1, abi::PROXIED_FLOWS_MAX);
-    let bytes = sockets * (size_of::<abi::PassingEvent>() + 8);
+    let bytes = sockets * abi::PASSING_EVENTS_BYTES / abi::PROXIED_SOCKETS_MAX;
     (sockets, bytes.next_power_of_two().clamp(RING_BYTES_MIN, abi::PASSING_EVENTS_BYTES))
 }
 
@@ -407,7 +407,7 @@ mod tests {
     #[test]
     fn maps_are_as_large_as_the_limit_of_flows_asks_for() {
         assert_eq!(sizes(0), (2, RING_BYTES_MIN));
-        assert_eq!(sizes(1000), (2000, 32 << 10));
+        assert_eq!(sizes(1000), (2000, 64 << 10));
         let largest = (abi::PROXIED_SOCKETS_MAX, abi::PASSING_EVENTS_BYTES);
         assert_eq!(sizes(abi::PROXIED_FLOWS_MAX), largest);
         assert_eq!(sizes(usize::MAX), largest);

@@ -189,6 +189,15 @@ pub fn reset_when_orphaned(socket: BorrowedFd<'_>) -> io::Result<()> {
     set_number(socket, libc::IPPROTO_TCP, libc::TCP_LINGER2, -1)
 }
 
+/// How much may wait to be sent is limited by the send buffer alone, whatever `net.ipv4.tcp_notsent_lowat` says
+/// (`TCP_NOTSENT_LOWAT`, tcp(7), Linux 3.12).
+///
+/// # Errors
+/// As `setsockopt(2)`.
+pub fn limit_by_send_buffer_alone(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set_number(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, -1)
+}
+
 fn set_number(socket: BorrowedFd<'_>, level: c_int, option: c_int, number: c_int) -> io::Result<()> {
     let size = libc::socklen_t::try_from(size_of::<c_int>()).unwrap_or(0);
     // SAFETY: the kernel reads `size` bytes of `number`, which lives until the call returns.

@@ -59,18 +59,26 @@ pub fn splice(accounting: Arc<Accounting>) -> Box<dyn Plane> {
 /// The plane `sockmap`. Needs root, and namespaces of its own.
 #[must_use]
 pub fn sockmap(accounting: Arc<Accounting>) -> Box<dyn Plane> {
-    in_kernel(Redirection::Own, accounting)
+    in_kernel(Redirection::Own, None, accounting)
+}
+
+/// The plane `sockmap`, which takes a flow as it opens, and redirects again as soon as nothing is outstanding, so that bulk
+/// goes this way, too. Needs root, and namespaces of its own.
+#[must_use]
+pub fn sockmap_at_once(accounting: Arc<Accounting>) -> Box<dyn Plane> {
+    in_kernel(Redirection::Own, Some(0), accounting)
 }
 
 /// The plane `sockmap-ends`. Needs root, and namespaces of its own.
 #[must_use]
 pub fn sockmap_ends(accounting: Arc<Accounting>) -> Box<dyn Plane> {
-    in_kernel(Redirection::Ends, accounting)
+    in_kernel(Redirection::Ends, None, accounting)
 }
 
-fn in_kernel(wanted: Redirection, accounting: Arc<Accounting>) -> Box<dyn Plane> {
+fn in_kernel(wanted: Redirection, calm_bursts: Option<u32>, accounting: Arc<Accounting>) -> Box<dyn Plane> {
     let mut object = Object::load(Path::new(BPFFS), "planes", Some(layout().unwrap())).unwrap();
-    let (sockmap, announcements) = Sockmap::prepare(&mut object, wanted).unwrap();
+    let (mut sockmap, announcements) = Sockmap::prepare(&mut object, wanted).unwrap();
+    sockmap.calm_bursts = calm_bursts.unwrap_or(sockmap.calm_bursts);
     let mut plane = Forward::new(Mode::Splice, WORKERS, accounting).unwrap();
     plane.use_sockmap(sockmap, announcements).unwrap();
     Box::new(plane)
@@ -182,7 +190,9 @@ macro_rules! plane_tests {
             sleepers::sleeping_backend_and_a_blocking_writer,
             sleepers::sleeping_backend_and_a_level_triggered_writer,
             sleepers::sleeping_backend_and_an_edge_triggered_writer,
+            sleepers::sleepers_where_unsent_bytes_are_limited,
             congestion::congested_and_free_in_turn_with_large_buffers,
+            congestion::tiny_windows_stop_no_edge_triggered_writer,
             many::short_flows_of_every_end_leave_nothing_behind,
             families::every_family_meets_every_other,
             families::mptcp_is_served,

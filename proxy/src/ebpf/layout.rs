@@ -22,6 +22,8 @@ pub struct Layout {
     pub sndbuf: u32,
     /// `copied_seq` in `struct tcp_sock`.
     pub copied_seq: u32,
+    /// `mss_cache` in `struct tcp_sock`.
+    pub mss: u32,
     /// `icsk_ulp_ops` in `struct inet_connection_sock`, with which `struct tcp_sock` begins.
     pub ulp_ops: u32,
     /// `sk_socket` in `struct sock`.
@@ -41,6 +43,7 @@ pub fn layout() -> anyhow::Result<Layout> {
         wmem_queued: btf.offset("sock", "sk_wmem_queued")?,
         sndbuf: btf.offset("sock", "sk_sndbuf")?,
         copied_seq: btf.offset("tcp_sock", "copied_seq")?,
+        mss: btf.offset("tcp_sock", "mss_cache")?,
         ulp_ops: btf.offset("inet_connection_sock", "icsk_ulp_ops")?,
         socket: btf.offset("sock", "sk_socket")?,
     })

@@ -30,9 +30,15 @@ mod probe;
 pub use ends::Renewed;
 pub use probe::known_fault;
 
+/// See [`Sockmap::calm_bursts`]. A stream that is bulk from its first bytes on never gets so far, and neither does a
+/// connection for one request.
+const CALM_BURSTS: u32 = 4;
+
 /// The plane, prepared: the programs are attached to their maps, as long as this lives.
 #[derive(Debug)]
 pub struct Sockmap {
+    /// Small bursts in a row after which the kernel moves a direction: some, unless set to another number.
+    pub calm_bursts: u32,
     _verdict: SkSkbLink,
     ends: Option<Ends>,
     sources: OwnedFd,
@@ -125,6 +131,7 @@ impl Sockmap {
         };
         let mut announcements = Announcements(object.ring_buffer(map::PASSING)?);
         let sockmap = Self {
+            calm_bursts: CALM_BURSTS,
             _verdict: verdict,
             ends,
             sources,
@@ -180,6 +187,7 @@ impl Sockmap {
             taken: HashMap::try_from(Map::HashMap(data(&self.taken)?))?,
             renewer: self.ends.as_ref().map(Ends::renewer).transpose()?,
             counters: self.counters(),
+            calm_bursts: self.calm_bursts,
         })
     }
 }
@@ -216,6 +224,7 @@ pub struct Redirector {
     taken: HashMap<MapData, u64, Taken>,
     renewer: Option<Renewer>,
     counters: Arc<Counters>,
+    calm_bursts: u32,
 }
 
 impl Redirector {
@@ -225,11 +234,19 @@ impl Redirector {
         Arc::clone(&self.counters)
     }
 
+    /// See [`Sockmap::calm_bursts`].
+    #[must_use]
+    pub fn calm_bursts(&self) -> u32 {
+        self.calm_bursts
+    }
+
     /// Makes `socket`, whose cookie is `cookie`, one that bytes can be redirected to.
     ///
     /// # Errors
     /// The kernel does not take it (`EOPNOTSUPP`: it is not ESTABLISHED, or no plain TCP), or the map is full (`E2BIG`).
     pub fn join(&mut self, socket: &OwnedFd, cookie: u64) -> io::Result<()> {
+        // The guards go by the room in the send buffer.
+        sys::limit_by_send_buffer_alone(socket.as_fd())?;
         self.sockets.insert(cookie, socket.as_raw_fd(), 0).map_err(into_io)
     }
 
@@ -248,6 +265,8 @@ impl Redirector {
         // A close with unread bytes resets, unless these are the passed ones. If we are killed, the peer would go on
         // writing into a window that stays closed.
         sys::reset_when_orphaned(source.as_fd())?;
+        // It is of use only after the insert, but must not fail there.
+        sys::poke(source.as_fd())?;
         self.directions.insert(cookie, direction, 0).map_err(into_io)?;
         let begun = self
             .taken
@@ -257,7 +276,8 @@ impl Redirector {
             self.forget(cookie);
             return Err(into_io(error));
         }
-        sys::poke(source.as_fd())
+        let _ = sys::poke(source.as_fd());
+        Ok(())
     }
 
     /// Undoes [`Redirector::begin`]: what comes from now on stays in the receive queue. Bytes that come at this very moment are

@@ -6,9 +6,10 @@ use std::time::Duration;
 use rustix::process::{Resource, getrlimit};
 
 use super::fixture::{
-    Bed, Endless, Kind, MIB, Patient, Pattern, SMALL_BUFFER, expect, expect_end, finish, limit_fds, pair,
-    ping, resident_bytes, send, send_until_full,
+    Bed, Endless, KIB, Kind, MIB, Patient, Pattern, SMALL_BUFFER, expect, expect_end, finish, limit_fds,
+    pair, pair_with_window, ping, resident_bytes, send, send_until_full,
 };
+use super::sleepers::send_at_edges;
 use super::{MakePlane, WORKERS};
 
 /// A reader that does not read: its sender is stopped, and memory is bounded.
@@ -62,6 +63,40 @@ pub fn congested_and_free_in_turn(make: MakePlane) {
 /// The same, with as much under way as the kernel's own buffers hold.
 pub fn congested_and_free_in_turn_with_large_buffers(make: MakePlane) {
     in_turn(make, Kind::Tcp, 200);
+}
+
+/// A client that can take a few bytes at a time: in a send queue each of them takes much more memory than its bytes. Both
+/// sides send as much as they can, and are told once when there is room again.
+pub fn tiny_windows_stop_no_edge_triggered_writer(make: MakePlane) {
+    const STREAM: usize = 4 * MIB;
+    let bed = Bed::new(make);
+    let stream = Endless::new(61);
+    for message in [1400, 5000, 64 * KIB] {
+        for window in [2 * KIB, 4 * KIB, 16 * KIB] {
+            let (client, accepted) = pair_with_window(window);
+            let (connected, backend) = pair_with_window(window);
+            bed.open(accepted, connected);
+            (0..8).for_each(|_| ping(&client, &backend));
+            let before = bed.accounting.redirected();
+            thread::scope(|scope| {
+                for socket in [&client, &backend] {
+                    scope.spawn(|| {
+                        send_at_edges(socket, &stream, STREAM, message);
+                        finish(socket);
+                    });
+                    scope.spawn(|| {
+                        stream.expect(socket, 0..STREAM);
+                        expect_end(socket);
+                    });
+                }
+            });
+            let after = bed.accounting.redirected();
+            let moved = after.redirected_to_client - before.redirected_to_client;
+            if bed.plane.name() == "sockmap-ends" {
+                assert!(moved > 0, "messages of {message}, window {window}: none went the short way");
+            }
+        }
+    }
 }
 
 /// No descriptor can be had while bytes move.

@@ -146,9 +146,15 @@ const TCP6: Way = (IpAddr::V6(Ipv6Addr::LOCALHOST), Protocol::TCP);
 const MAPPED: Way = (IpAddr::V6(Ipv4Addr::LOCALHOST.to_ipv6_mapped()), Protocol::TCP);
 const MPTCP: Way = (TCP4.0, Protocol::MPTCP);
 
-fn connect(near: Way, far: Way) -> (Socket, Socket) {
+fn connect(near: Way, far: Way, window: Option<usize>) -> (Socket, Socket) {
     let socket = |(address, protocol): Way| {
-        Socket::new(Domain::for_address(SocketAddr::new(address, 0)), Type::STREAM, Some(protocol)).unwrap()
+        let domain = Domain::for_address(SocketAddr::new(address, 0));
+        let socket = Socket::new(domain, Type::STREAM, Some(protocol)).unwrap();
+        // Before the handshake, which says how large it may get. The accepted socket gets the listener's.
+        if let Some(window) = window {
+            socket.set_recv_buffer_size(window).unwrap();
+        }
+        socket
     };
     let listener = socket(far);
     // Ports of connections that just ended may be taken again.
@@ -167,7 +173,15 @@ pub fn limit_waiting(socket: &Socket) {
     socket.set_write_timeout(Some(PATIENCE)).unwrap();
 }
 
+/// Two TCP sockets that take a few bytes at a time.
+pub fn pair_with_window(window: usize) -> (Socket, Socket) {
+    let (near, far) = connect(TCP4, TCP4, Some(window));
+    [&near, &far].into_iter().for_each(limit_waiting);
+    (near, far)
+}
+
 pub fn pair(kind: Kind) -> (Socket, Socket) {
+    let connect = |near, far| connect(near, far, None);
     let (near, far) = match kind {
         Kind::Unix => Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap(),
         Kind::Tcp | Kind::SmallTcp => connect(TCP4, TCP4),

@@ -1,6 +1,5 @@
 //! Peers that send straight to the other side, and those that must be left alone.
 
-use std::io::{ErrorKind, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::thread;
@@ -14,7 +13,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::MakePlane;
 use super::fixture::{Bed, Endless, Kind, MIB, eventually, expect_end, finish, limit_waiting, pair, ping};
-use super::sleepers::{await_edge, edges_of};
+use super::sleepers::send_at_edges;
 
 /// How many bytes go the short way, of those of a connection that is not congested: all but a few.
 fn mostly(bytes: u64) -> u64 {
@@ -51,22 +50,6 @@ pub fn both_directions_are_cut_short(make: MakePlane) {
     assert_eq!(bed.accounting.redirected().flows_open, 0);
 }
 
-fn send_at_edges(mut socket: &Socket, stream: &Endless, end: usize) {
-    socket.set_nonblocking(true).unwrap();
-    let edges = edges_of(socket);
-    let mut sent = 0;
-    while sent < end {
-        match socket.write(stream.up_to(sent, end)) {
-            Ok(count) => sent += count,
-            Err(error) => {
-                assert_eq!(error.kind(), ErrorKind::WouldBlock, "{error}");
-                await_edge(&edges);
-            }
-        }
-    }
-    socket.set_nonblocking(false).unwrap();
-}
-
 /// A stream much larger than any buffer, from a program that is told once that there is room.
 pub fn an_edge_triggered_stream_is_cut_short(make: MakePlane) {
     const STREAM: usize = 64 * MIB;
@@ -78,7 +61,7 @@ pub fn an_edge_triggered_stream_is_cut_short(make: MakePlane) {
         let before = bed.accounting.redirected();
         thread::scope(|scope| {
             scope.spawn(|| {
-                send_at_edges(sender, &stream, STREAM);
+                send_at_edges(sender, &stream, STREAM, STREAM);
                 finish(sender);
             });
             stream.expect(receiver, 0..STREAM);

@@ -7,6 +7,8 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::event::{PollFlags, epoll};
+use rustix::io::Errno;
+use rustix::net::{self, SendFlags};
 use rustix::time::Timespec;
 use socket2::Socket;
 
@@ -84,41 +86,68 @@ impl Writer {
     }
 }
 
-pub(super) fn edges_of(socket: &Socket) -> OwnedFd {
+fn edges_of(socket: &Socket) -> OwnedFd {
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
     let flags = epoll::EventFlags::OUT | epoll::EventFlags::ET;
     epoll::add(&epoll, socket, epoll::EventData::new_u64(0), flags).unwrap();
     epoll
 }
 
-pub(super) fn await_edge(epoll: &OwnedFd) {
+fn await_edge(epoll: &OwnedFd) {
     let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
     let patience = Timespec::try_from(PATIENCE).unwrap();
     let told = epoll::wait(epoll, &mut events, Some(&patience)).unwrap();
     assert_eq!(told, 1, "no edge ever came");
 }
 
+/// Sends all that comes before `end`, in messages of at most so many bytes.
+pub(super) fn send_at_edges(socket: &Socket, stream: &Endless, end: usize, message: usize) {
+    let edges = edges_of(socket);
+    let mut sent = 0;
+    while sent < end {
+        match net::send(socket, stream.up_to(sent, end.min(sent + message)), SendFlags::DONTWAIT) {
+            Ok(count) => sent += count,
+            Err(Errno::AGAIN) => await_edge(&edges),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
 fn sleeping_reader(make: MakePlane, writer: Writer, to_backend: bool) {
+    let waits = waits_for_a_sleeping_reader(make, writer, to_backend);
+    assert!(waits <= STREAM / MIB * WAITS_PER_MIB, "{waits} waits for room");
+}
+
+fn waits_for_a_sleeping_reader(make: MakePlane, writer: Writer, to_backend: bool) -> usize {
     let bed = Bed::new(make);
     let stream = Endless::new(20);
     let sent = AtomicUsize::new(0);
     let (client, backend) = bed.tcp();
     let (sender, reader) = if to_backend { (&client, &backend) } else { (&backend, &client) };
-    thread::scope(|scope| {
+    let waits = thread::scope(|scope| {
         let write = || writer.write(sender, &stream, &sent);
         let writing = thread::Builder::new().name("writer".into()).spawn_scoped(scope, write).unwrap();
         pause(ASLEEP);
         let held = sent.load(Relaxed);
         stream.expect(reader, 0..STREAM);
         expect_end(reader);
-        let waits = writing.join().unwrap();
         assert!(held > 0 && held < HELD_AT_MOST, "{held} bytes were taken for a reader that sleeps");
-        assert!(waits <= STREAM / MIB * WAITS_PER_MIB, "{waits} waits for room");
+        writing.join().unwrap()
     });
     drop((client, backend));
     let totals = bed.all_closed();
     let expected = if to_backend { (STREAM as u64, 0) } else { (0, STREAM as u64) };
     assert_eq!((totals.bytes_to_backend, totals.bytes_to_client), expected);
+    waits
+}
+
+/// What may wait to be sent is limited for the whole machine, as some advise: a full send buffer is not what stops a
+/// writer then. It waits more often, but not for ever.
+pub fn sleepers_where_unsent_bytes_are_limited(make: MakePlane) {
+    std::fs::write("/proc/sys/net/ipv4/tcp_notsent_lowat", "16384").unwrap();
+    for to_backend in [false, true] {
+        waits_for_a_sleeping_reader(make, Writer::EdgeTriggered, to_backend);
+    }
 }
 
 /// A client sleeps, then takes a download from a backend that blocks in write(2).

@@ -33,10 +33,6 @@ const TURN_BYTES: usize = 512 * 1024;
 /// Reads of bytes that nobody wants, in one turn.
 const DISCARDS_A_TURN: usize = 16;
 
-/// Small bursts in a row after which the kernel may move a direction. A stream that is bulk from its first bytes on never
-/// gets so far, and neither does a connection for one request.
-pub(super) const CALM_BURSTS: u32 = 4;
-
 /// What a worker lends to the flow whose turn it is.
 #[derive(Debug)]
 pub(super) struct Tools {
@@ -267,7 +263,7 @@ impl Direction {
                 }
                 return Pumped { bytes, wait: !is_due, more: false };
             }
-            if self.redirected.is_some() {
+            if self.is_redirected() {
                 let pumped = self.pump_redirected(from, to, tools);
                 bytes += pumped.bytes;
                 if pumped.wait || !pumped.more {
@@ -279,11 +275,7 @@ impl Direction {
                 continue;
             }
             if !from.readable || !to.writable {
-                if !from.readable
-                    && self.is_flushed()
-                    && !self.cut_short(from, to, tools)
-                    && self.calm >= CALM_BURSTS
-                {
+                if !from.readable && self.is_flushed() && !self.cut_short(from, to, tools) {
                     self.enrol(from, to, tools);
                 }
                 return Pumped { bytes, ..Pumped::default() };

@@ -304,8 +304,9 @@ impl LiveFlow {
         if drained || tools.now >= until {
             return Turn::Over;
         }
-        let more = (self.client.readable && self.backend.writable && !self.to_backend.ended)
-            || (self.backend.readable && self.client.writable && !self.to_client.ended);
+        let is_open = |inbound: &Direction| !inbound.ended && !inbound.is_redirected();
+        let more = (self.client.readable && self.backend.writable && is_open(&self.to_backend))
+            || (self.backend.readable && self.client.writable && is_open(&self.to_client));
         if more { Turn::More } else { Turn::Wait }
     }
 

@@ -14,14 +14,16 @@
 //! user space (until it is calm) -> redirecting <-> passing
 //! ```
 
+use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
 use drowse_ebpf::{Direction as Progress, Taken};
-use rustix::net::sockopt;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv, sockopt};
 
-use super::direction::{CALM_BURSTS, Direction, End, Pumped, Tools};
+use super::direction::{Direction, End, Pumped, Tools};
 use crate::clock::Monotonic;
 use crate::plane::copy::{self, Received};
 use crate::plane::sockmap::Redirector;
@@ -76,13 +78,12 @@ impl Redirected {
 
     /// Lets the kernel redirect again, once nothing that was passed is outstanding. Returns whether it does: something may
     /// have been passed meanwhile.
-    fn publish(&self, redirector: &mut Redirector) -> bool {
-        let taken = Taken { bytes: self.received, written: self.written };
-        let published = redirector.publish(self.source, taken).is_ok();
+    fn publish(&self, redirector: &mut Redirector) -> io::Result<bool> {
+        redirector.publish(self.source, Taken { bytes: self.received, written: self.written })?;
         // The other side of the bargain in `proxy-ebpf/src/redirect.rs`: first tell, then look.
         fence(Ordering::SeqCst);
         let passed = redirector.progress(self.source).map(|progress| progress.passed);
-        published && passed == Some(self.received)
+        Ok(passed == Some(self.received))
     }
 }
 
@@ -91,6 +92,9 @@ impl Direction {
     /// Returns whether it does.
     pub(super) fn enrol(&mut self, from: &mut End, to: &mut End, tools: &mut Tools) -> bool {
         let Some(redirector) = &mut tools.redirector else { return false };
+        if self.calm < redirector.calm_bursts() {
+            return false;
+        }
         self.calm = 0;
         let fits = self.redirected.is_none()
             && self.is_flushed()
@@ -98,6 +102,7 @@ impl Direction {
             && !from.eager
             && !from.reset
             && !to.reset
+            && has_read_all(from)
             && join(from, to, redirector);
         if !fits {
             return false;
@@ -123,6 +128,11 @@ impl Direction {
         });
         from.listens = false;
         true
+    }
+
+    /// Whether the kernel decides what comes to us.
+    pub(super) fn is_redirected(&self) -> bool {
+        self.redirected.is_some()
     }
 
     /// The kernel passes; there is something to move.
@@ -156,15 +166,20 @@ impl Direction {
             };
             let waiting = progress.passed.saturating_sub(redirected.received);
             if waiting == 0 && !from.eager {
-                if redirected.received - redirected.passing_since >= BULK_BYTES && self.calm < CALM_BURSTS {
+                let is_bulk = redirected.received - redirected.passing_since >= BULK_BYTES;
+                if is_bulk && self.calm < redirector.calm_bursts() {
                     return done(moved, false, false);
                 }
-                if redirected.publish(redirector) {
-                    redirected.passing = false;
-                    from.listens = false;
-                    return done(moved, false, false);
+                match redirected.publish(redirector) {
+                    Ok(true) => {
+                        redirected.passing = false;
+                        from.listens = false;
+                        return done(moved, false, false);
+                    }
+                    Ok(false) => continue,
+                    // The kernel has no memory just now, say.
+                    Err(_) => return done(moved, false, true),
                 }
-                continue;
             }
             if !redirected.has_arrived(&progress, to) {
                 return done(moved, false, true);
@@ -242,6 +257,13 @@ impl Direction {
             redirector.forget(redirected.source);
         }
     }
+}
+
+/// Whether nothing is queued. What came since we last looked may have been read in part, up to an urgent byte; the kernel
+/// would move the whole segment.
+fn has_read_all(from: &End) -> bool {
+    let peek = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+    matches!(recv(&from.socket, &mut [0; 1], peek), Err(Errno::AGAIN))
 }
 
 /// Makes both sockets of a flow ones that bytes can be redirected to. Returns whether they are.

@@ -50,7 +50,7 @@ impl Direction {
         let Some(redirector) = tools.redirector.as_mut().filter(|redirector| redirector.cuts_short()) else {
             return false;
         };
-        if self.short_cut.never || self.redirected.is_some() {
+        if self.short_cut.never || self.is_redirected() {
             return false;
         }
         if self.short_cut.fresh || self.ended || !self.is_flushed() || from.eager || from.reset || to.reset {
@@ -72,7 +72,6 @@ impl Direction {
             }
         }
         let Some(question) = &mut self.short_cut.question else { return false };
-        question.begin = u32::from(!self.short_cut.entered);
         match redirector.renew(question) {
             Renewed::Open => {
                 self.short_cut.entered = true;
@@ -90,7 +89,7 @@ impl Direction {
 
     /// Whether the kernel moves bytes of this direction.
     pub(super) fn is_in_kernel(&self) -> bool {
-        self.redirected.is_some() || self.short_cut.was_opened()
+        self.is_redirected() || self.short_cut.was_opened()
     }
 
     /// Closes the short cut: from now on everything that the peer sends comes to us. Returns when the kernel last moved a byte of it.

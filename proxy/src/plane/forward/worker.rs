@@ -289,6 +289,15 @@ impl<'a> Table<'a> {
     }
 }
 
+impl Drop for Table<'_> {
+    /// Flows that are left after a panic, or at the end, have entries in the kernel's maps.
+    fn drop(&mut self) {
+        for flow in self.flows.values_mut() {
+            flow.release(&mut self.tools);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{ErrorKind, Read as _};

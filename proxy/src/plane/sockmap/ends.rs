@@ -83,8 +83,6 @@ impl Renewer {
             peer,
             own: own.address,
             own_port: own.port,
-            begin: 1,
-            to_client: direction.to_client,
             ends: 0,
             source: cookie,
             target: direction.target,
