@@ -363,7 +363,7 @@ pub enum PlaneChoice {
     /// New connections straight to the backend's own listener, with a warning if that is not possible; the others as
     /// with auto
     Handoff,
-    /// Redirected by the kernel from socket to socket, as long as the receiver keeps up; else by splice
+    /// Redirected by the kernel from socket to socket; bulk, and what a receiver cannot keep up with, by drowse
     Sockmap,
     /// As sockmap, and where the other end is on this machine already as it is written
     SockmapEnds,

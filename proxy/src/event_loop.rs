@@ -424,7 +424,7 @@ impl EventLoop {
             let used = self.plane.use_sockmap(sockmap, announcements);
             used.map_err(|error| format!("cannot start the thread that listens to the kernel: {error}"))
         });
-        self.kernel.redirects(used);
+        self.kernel.redirects(used.map(|()| self.plane.name()));
     }
 
     fn translate_change(&self, change: Change) -> Vec<Event> {

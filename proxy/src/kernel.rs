@@ -220,10 +220,10 @@ impl Kernel {
         }
     }
 
-    /// The plane moves flows by the kernel from now on, or cannot: one line of log.
-    pub fn redirects(&mut self, result: Result<(), String>) {
+    /// The plane of this name moves flows by the kernel from now on, or none does: one line of log.
+    pub fn redirects(&mut self, result: Result<&str, String>) {
         match result {
-            Ok(()) => self.redirecting.used(),
+            Ok(plane) => self.redirecting.used(plane),
             Err(reason) => self.redirecting.refused(reason, false),
         }
     }

@@ -47,10 +47,10 @@ impl Redirecting {
         }
     }
 
-    /// The plane moves flows by the kernel from now on.
-    pub(super) fn used(&mut self) {
+    /// The plane `name` moves flows by the kernel from now on.
+    pub(super) fn used(&mut self, name: &str) {
         let Stage::Wanted(redirection) = self.stage else { return };
-        info!("the kernel moves the bytes of flows that come to drowse ({})", redirection.word());
+        info!("the kernel moves the bytes of flows that come to drowse ({name})");
         self.stage = Stage::Used(redirection);
     }
 

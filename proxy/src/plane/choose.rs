@@ -56,7 +56,7 @@ pub enum Redirection {
     Own,
     /// The same, and what a program on this machine writes does not come to the proxy at all.
     Ends,
-    /// The latter where nobody on this machine notices, else the former.
+    /// The latter where the probes find nothing that others would notice, else the former.
     Best,
 }
 

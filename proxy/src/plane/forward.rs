@@ -1,4 +1,5 @@
-//! The planes `copy` and `splice`: worker threads that move the bytes of flows in user space.
+//! The planes of flows that drowse accepted: worker threads that move the bytes (`copy`, `splice`), or have the kernel move
+//! them and move the rest (`sockmap`, `sockmap-ends`).
 //!
 //! Owns: the threads, and which of them gets a flow. Must never: block its caller, or lose count of a flow.
 //! A worker shares nothing with another but the inbox: an mpsc channel and an eventfd, used when a flow opens and

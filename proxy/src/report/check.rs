@@ -41,7 +41,7 @@ pub struct Listener {
     pub service: String,
     /// The listener's address, with systemd's name for it.
     pub address: String,
-    /// The plane of its connections: `handoff`, `sockmap`, `splice` or `copy`.
+    /// The plane of its connections: `handoff`, `sockmap`, `sockmap-ends`, `splice` or `copy`.
     pub plane: String,
     /// Why it is not handed off. `null`: it is, or nobody said.
     pub reason: Option<String>,

@@ -222,7 +222,7 @@ pub struct LastFailure {
 /// How bytes travel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlaneView {
-    /// The plane of flows that come to drowse: `sockmap`, `splice` or `copy`.
+    /// The plane of flows that come to drowse: `sockmap`, `sockmap-ends`, `splice` or `copy`.
     pub forward: String,
     /// Why it is not the one that was asked for, or the best, in one line. `null`: it is.
     #[serde(default)]
