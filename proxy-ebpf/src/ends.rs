@@ -29,10 +29,9 @@
 //! - Somebody else who writes to the peer's connection without us (another drowse that does this to us) moves it, too.
 //!
 //! **Room.** What a message will take of Y's memory is charged before it goes, by the size of the segments that it is cut
-//! into, and never given back; a renewal lets that go as far as half of the room in Y's queue at that moment. `charged` is read
+//! into, and never given back; a renewal lets that go as far as there is room in Y's queue at that moment. `charged` is read
 //! before the queue, so that a message counts in one of the two at least; the last one, which may have been charged and not be
-//! there yet, is taken off. The other half is for what cannot be known: a second thread's message under way, segments that are
-//! cut when they are sent again. A renewal is asked for before the credit ends, through the same ring buffer as
+//! there yet, is taken off, and there remains room for one more, of a second thread. A renewal is asked for before the credit ends, through the same ring buffer as
 //! [`crate::redirect`]'s. The new limit is there before the new `expected`. So a redirect finds room, and a peer hears from its
 //! own socket alone when to wait and when to go on. (When the kernel runs short of memory for TCP, a redirect may still find
 //! none, and a peer that does not block is told to wait; it is told to go on when its own socket says so, or never.) Memory is
@@ -54,8 +53,8 @@ use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_map_update_elem, bpf_sk_release, b
 use aya_ebpf::macros::{btf_map, classifier, sk_msg};
 use aya_ebpf::programs::{SkMsgContext, TcContext};
 use drowse_ebpf::{
-    CREDIT_MIN, Credit, ETHERNET_BYTES, MESSAGE_OVERHEAD, MESSAGE_SEGMENT_MAX, MESSAGES_AHEAD,
-    PROXIED_SOCKETS_MAX, PassingEvent, Renewal, renewed,
+    CREDIT_MIN, Credit, ETHERNET_BYTES, MESSAGE_BYTES_MAX, MESSAGE_OVERHEAD, MESSAGE_SEGMENT_MAX,
+    MESSAGES_AHEAD, PROXIED_SOCKETS_MAX, PassingEvent, Renewal, renewed,
 };
 
 use crate::redirect::{DIRECTIONS, PASSING, PROXIED, SOCKETS, WRITE_SEQ_OFFSET, look_up, send_queue, word};
@@ -256,8 +255,8 @@ unsafe fn renew_at(peer: *mut bpf_sock, renewal: &Renewal) -> u32 {
         if room < CREDIT_MIN {
             return renewed::NOT_YET;
         }
-        // Half of it: a second thread may have a message under way, too, and segments that are sent again may be cut.
-        let credit_bytes = room / 2;
+        // Not all of it: a second thread may have a message under way, too. One that was let go was within such a credit.
+        let credit_bytes = room - (room / 2).min(MESSAGE_BYTES_MAX);
         if begins {
             ptr::addr_of_mut!((*credit).source).write_volatile(renewal.source);
             ptr::addr_of_mut!((*credit).target).write_volatile(renewal.target);

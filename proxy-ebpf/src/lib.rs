@@ -148,6 +148,9 @@ pub const MESSAGE_OVERHEAD: u64 = 1280;
 /// The most bytes of a message that share one such `struct sk_buff`, as far as we count on it.
 pub const MESSAGE_SEGMENT_MAX: u32 = 32 * 1024;
 
+/// The most bytes of a message: its fragments (`MAX_MSG_FRAGS`) of a page each, which may be 32 KiB (`SKB_FRAG_PAGE_ORDER`).
+pub const MESSAGE_BYTES_MAX: u64 = 17 * 32 * 1024;
+
 /// A renewal is asked for when so many messages more like the last one would be beyond three quarters of the limit.
 pub const MESSAGES_AHEAD: u64 = 8;
 
