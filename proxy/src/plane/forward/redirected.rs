@@ -102,8 +102,8 @@ impl Direction {
             && !from.eager
             && !from.reset
             && !to.reset
-            && has_read_all(from)
-            && join(from, to, redirector);
+            && join(from, to, redirector)
+            && has_read_all(from);
         if !fits {
             return false;
         }
