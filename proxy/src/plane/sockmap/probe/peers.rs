@@ -94,8 +94,8 @@ fn reading_goes_on(near: &OwnedFd, far: &OwnedFd, deadline: Deadline) -> anyhow:
         drained?;
         ensure!(has_room, "a full socket does not get room again");
         // It looks, and waits again if all is well.
-        let has_looked = deadline
-            .until(|| reader.is_finished() || naps_of(reader_id).is_some_and(|slept| slept > naps));
+        let has_looked =
+            deadline.until(|| reader.is_finished() || naps_of(reader_id).is_some_and(|slept| slept > naps));
         ensure!(has_looked, "a thread that reads is not woken");
         let ends_early = reader.is_finished();
         give(near, 0, 1)?;
