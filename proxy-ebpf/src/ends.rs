@@ -30,8 +30,8 @@
 //!
 //! **Room.** What a message will take of Y's memory is charged before it goes, by the size of the segments that it is cut
 //! into, and never given back; a renewal lets that go as far as there is room in Y's queue at that moment. `charged` is read
-//! before the queue, so that a message counts in one of the two at least; the last one, which may have been charged and not be
-//! there yet, is taken off, and there remains room for one more, of a second thread. A renewal is asked for before the credit ends, through the same ring buffer as
+//! before the queue, so that a message counts in one of the two at least; twice the largest is taken off for what was charged
+//! and is not there yet: the last one, and one of a second thread. A renewal is asked for before the credit ends, through the same ring buffer as
 //! [`crate::redirect`]'s. The new limit is there before the new `expected`. So a redirect finds room, and a peer hears from its
 //! own socket alone when to wait and when to go on. (When the kernel runs short of memory for TCP, a redirect may still find
 //! none, and a peer that does not block is told to wait; it is told to go on when its own socket says so, or never.) Memory is
@@ -53,8 +53,8 @@ use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_map_update_elem, bpf_sk_release, b
 use aya_ebpf::macros::{btf_map, classifier, sk_msg};
 use aya_ebpf::programs::{SkMsgContext, TcContext};
 use drowse_ebpf::{
-    CREDIT_MIN, Credit, ETHERNET_BYTES, MESSAGE_BYTES_MAX, MESSAGE_OVERHEAD, MESSAGE_SEGMENT_MAX,
-    MESSAGES_AHEAD, PROXIED_SOCKETS_MAX, PassingEvent, Renewal, renewed,
+    CREDIT_MIN, Credit, ETHERNET_BYTES, MESSAGE_OVERHEAD, MESSAGE_SEGMENT_MAX, MESSAGES_AHEAD,
+    PROXIED_SOCKETS_MAX, PassingEvent, Renewal, renewed,
 };
 
 use crate::redirect::{DIRECTIONS, PASSING, PROXIED, SOCKETS, WRITE_SEQ_OFFSET, look_up, send_queue, word};
@@ -128,17 +128,23 @@ unsafe fn send_on(ctx: &SkMsgContext) {
         }
         let segment = u64::from(ptr::addr_of!((*credit).segment).read_volatile());
         let cost = bytes + (bytes.checked_div(segment).unwrap_or(bytes) + 1) * MESSAGE_OVERHEAD;
-        ptr::addr_of_mut!((*credit).last).write_volatile(cost);
+        let largest = ptr::addr_of_mut!((*credit).largest);
+        if cost > largest.read_volatile() {
+            largest.write_volatile(cost);
+        }
         // A full barrier: the limit that is read next is not older than what was expected.
         let charged = atomic::fetch_add(ptr::addr_of_mut!((*credit).charged), cost).wrapping_add(cost);
-        if charged > ptr::addr_of!((*credit).limit).read_volatile() {
+        let limit = ptr::addr_of!((*credit).limit).read_volatile();
+        if charged > limit {
             return;
         }
         let mut target = ptr::addr_of!((*credit).target).read_volatile();
         if SOCKETS.redirect_msg(ctx, &mut target, 0) == i64::from(PASS) {
             count(credit, bytes);
             let low = ptr::addr_of!((*credit).low);
-            if charged.wrapping_add(cost * MESSAGES_AHEAD) > low.read_volatile() {
+            let ends_soon =
+                charged > low.read_volatile() || charged.wrapping_add(cost * MESSAGES_AHEAD) > limit;
+            if ends_soon && low.read_volatile() != u64::MAX {
                 low.cast_mut().write_volatile(u64::MAX);
                 ask_for_renewal(credit);
             }
@@ -247,16 +253,12 @@ unsafe fn renew_at(peer: *mut bpf_sock, renewal: &Renewal) -> u32 {
         // A full barrier: what is read of the target's queue next is not older.
         let charged = atomic::fetch_add(ptr::addr_of_mut!((*credit).charged), 0);
         let Some(queue) = send_queue(renewal.target) else { return renewed::NOT_YET };
-        // Nothing is on its way if the peer sent the ordinary way since.
-        let expected = ptr::addr_of_mut!((*credit).expected);
-        let last = ptr::addr_of!((*credit).last).read_volatile();
-        let under_way = if expected.read_volatile() == written { last } else { 0 };
-        let room = queue.room.saturating_sub(under_way);
-        if room < CREDIT_MIN {
+        if queue.room < CREDIT_MIN {
             return renewed::NOT_YET;
         }
-        // Not all of it: a second thread may have a message under way, too. One that was let go was within such a credit.
-        let credit_bytes = room - (room / 2).min(MESSAGE_BYTES_MAX);
+        // One message may be under way, and one of a second thread. Each was within such a credit when it was let go.
+        let under_way = 2 * ptr::addr_of!((*credit).largest).read_volatile();
+        let credit_bytes = queue.room - (queue.room / 2).min(under_way);
         if begins {
             ptr::addr_of_mut!((*credit).source).write_volatile(renewal.source);
             ptr::addr_of_mut!((*credit).target).write_volatile(renewal.target);
@@ -274,7 +276,7 @@ unsafe fn renew_at(peer: *mut bpf_sock, renewal: &Renewal) -> u32 {
             .write_volatile(charged.wrapping_add(credit_bytes - credit_bytes / 4));
         // A full barrier again: whoever sees what is expected now sees the limit.
         atomic::fetch_add(ptr::addr_of_mut!((*credit).charged), 0);
-        expected.write_volatile(written);
+        ptr::addr_of_mut!((*credit).expected).write_volatile(written);
         renewed::RENEWED
     }
 }

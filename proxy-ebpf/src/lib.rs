@@ -148,10 +148,7 @@ pub const MESSAGE_OVERHEAD: u64 = 1280;
 /// The most bytes of a message that share one such `struct sk_buff`, as far as we count on it.
 pub const MESSAGE_SEGMENT_MAX: u32 = 32 * 1024;
 
-/// The most bytes of a message: its fragments (`MAX_MSG_FRAGS`) of a page each, which may be 32 KiB (`SKB_FRAG_PAGE_ORDER`).
-pub const MESSAGE_BYTES_MAX: u64 = 17 * 32 * 1024;
-
-/// A renewal is asked for when so many messages more like the last one would be beyond three quarters of the limit.
+/// A renewal is asked for when so many messages more like the last one would be beyond the limit, or three quarters are used.
 pub const MESSAGES_AHEAD: u64 = 8;
 
 /// With less room in its send queue than this a target is not given messages of a peer.
@@ -373,8 +370,8 @@ pub struct Credit {
     pub limit: u64,
     /// How far it goes before a renewal is asked for; [`u64::MAX`] once it is.
     pub low: u64,
-    /// What the last message was charged. It may be on its way to the target's queue.
-    pub last: u64,
+    /// The most that a message was charged. One or two like it may be on their way to the target's queue.
+    pub largest: u64,
     /// The peer's `write_seq` when everything that it had written to its connection was in the target's send queue.
     pub expected: u32,
     /// The bytes of a message that share a `struct sk_buff` in the target's queue, at least.
