@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::set_tcp_nodelay;
 use rustix::net::{SocketFlags, accept_with};
 
+use crate::patient::Patient;
 use crate::wire::{CHUNK_LEN, COMMAND_LEN, Command, Pattern, Receipt, Stamp};
 
 /// A bulk transfer that moves nothing for this long has failed.
@@ -291,24 +292,13 @@ pub fn send(mut stream: &TcpStream, pattern: &Pattern, bytes: u64) -> Result<()>
 ///
 /// # Errors
 /// When the connection breaks or stalls.
-pub fn receive(mut stream: &TcpStream, pattern: &Pattern, bytes: u64) -> Result<Receipt> {
-    let patience = stream.read_timeout().context("ask for the read timeout")?.unwrap_or(STALL_MAX);
+pub fn receive(stream: &TcpStream, pattern: &Pattern, bytes: u64) -> Result<Receipt> {
     let mut buffer = vec![0; CHUNK_LEN];
     let mut position = 0;
-    let mut last = drowse::clock::now();
     while position < bytes {
         let room = buffer.get_mut(..piece_len(bytes - position)).context("size a read")?;
-        let len = match stream.read(room) {
-            // In a sockmap a blocking read ends early when another thread may send (`tcp_msg_wait_data`).
-            Err(err)
-                if err.kind() == ErrorKind::WouldBlock
-                    && drowse::clock::now().saturating_sub(last) < patience =>
-            {
-                continue;
-            }
-            read => read.with_context(|| format!("receive after {position} of {bytes} bytes"))?,
-        };
-        last = drowse::clock::now();
+        let read = Patient(stream).read(room);
+        let len = read.with_context(|| format!("receive after {position} of {bytes} bytes"))?;
         let got = room.get(..len).unwrap_or_default();
         if got.is_empty() {
             break;

@@ -2,7 +2,7 @@
 //! [`isolation`] -> [`cpus`] -> [`peers`] -> [`cases`] -> [`report`] -> [`plot`] -> [`bars`].
 //!
 //! [`client`] and [`backend`] are the two ends of every measurement and speak [`wire`]; [`process`] owns all children,
-//! [`costs`] what they take of the machine, [`owners`] who holds a connection, [`carriers`] which plane moves its bytes,
+//! [`costs`] what they take of the machine, [`owners`] who holds a connection, [`patient`] a blocking read, [`carriers`] which plane moves its bytes,
 //! and [`stats`] the rules by which rounds become figures.
 
 pub mod backend;
@@ -14,6 +14,7 @@ pub mod costs;
 pub mod cpus;
 pub mod isolation;
 pub mod owners;
+pub mod patient;
 pub mod peers;
 pub mod plot;
 pub mod process;

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::{receive, send};
 use crate::client::load::LoadResult;
 use crate::client::{connect, per_second};
+use crate::patient::Patient;
 use crate::wire::{ANSWER_LEN, Command, Pattern, Receipt};
 
 /// Which way a bulk transfer goes, as the client sees it.
@@ -85,8 +86,8 @@ fn both(stream: &TcpStream, pattern: &Pattern, bytes: u64) -> Result<()> {
     check_receipt(stream, bytes)
 }
 
-fn check_receipt(mut stream: &TcpStream, bytes: u64) -> Result<()> {
+fn check_receipt(stream: &TcpStream, bytes: u64) -> Result<()> {
     let mut answer = [0; ANSWER_LEN];
-    stream.read_exact(&mut answer).context("receive the receipt")?;
+    Patient(stream).read_exact(&mut answer).context("receive the receipt")?;
     Receipt::check(answer, bytes)
 }

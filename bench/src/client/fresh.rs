@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::client::load::LoadResult;
 use crate::client::{ANSWER_WITHIN, histogram, per_second};
+use crate::patient::Patient;
 use crate::wire::{Command, Pattern};
 
 /// Connections of one measurement: well below the 28,232 ports that Linux gives out (`ip_local_port_range`).
@@ -108,7 +109,7 @@ impl FreshLoad {
             let stream = exchange(address, &message, &mut answer)?;
             let answered_at = drowse::clock::now();
             ensure!(message.ends_with(&answer), "the answer is not what was sent");
-            close(stream)?;
+            close(&stream)?;
             tally.requests += 1;
             tally.last_end_at = drowse::clock::now();
             if tally.last_end_at >= counts_from {
@@ -131,14 +132,14 @@ fn exchange(address: SocketAddr, message: &[u8], answer: &mut [u8]) -> Result<Tc
     rustix::net::connect(&socket, &address).context("connect")?;
     let mut stream = TcpStream::from(socket);
     stream.write_all(message).context("send a request")?;
-    stream.read_exact(answer).context("receive an answer")?;
+    Patient(&stream).read_exact(answer).context("receive an answer")?;
     Ok(stream)
 }
 
 /// Ends a connection from this side first, and sees the other side end it, too.
-fn close(mut stream: TcpStream) -> Result<()> {
+fn close(stream: &TcpStream) -> Result<()> {
     stream.shutdown(Shutdown::Write).context("end a connection")?;
-    let len = stream.read(&mut [0]).context("wait for the end of a connection")?;
+    let len = Patient(stream).read(&mut [0]).context("wait for the end of a connection")?;
     ensure!(len == 0, "more came back than was sent");
     Ok(())
 }
