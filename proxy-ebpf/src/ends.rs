@@ -31,9 +31,9 @@
 //! **Room.** What a message will take of Y's memory is charged before it goes, by the size of the segments that it is cut
 //! into, and never given back; a renewal lets that go as far as there is room in Y's queue at that moment. `charged` is read
 //! before the queue, so that a message counts in one of the two at least; twice the largest is taken off for what was charged
-//! and is not there yet: the last one, and one of a second thread. A renewal is asked for before the credit ends, through the same ring buffer as
-//! [`crate::redirect`]'s. The new limit is there before the new `expected`. So a redirect finds room, and a peer hears from its
-//! own socket alone when to wait and when to go on. (When the kernel runs short of memory for TCP, a redirect may still find
+//! and is not there yet: the last one, and one of a second thread. A renewal is asked for before the credit ends, through the
+//! same ring buffer as [`crate::redirect`]'s. The new limit is there before the new `expected`. So a redirect finds room, and a
+//! peer hears from its own socket alone when to wait and when to go on. (When the kernel runs short of memory for TCP, a redirect may still find
 //! none, and a peer that does not block is told to wait; it is told to go on when its own socket says so, or never.) Memory is
 //! all that counts: `TCP_NOTSENT_LOWAT` of Y is off.
 //!

@@ -14,8 +14,9 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv, sockopt};
 use rustix::thread::{Pid, gettid};
 
-use super::loopback::{Deadline, Loopback, give, stream, wait_for};
-use crate::plane::copy::{self, Received, Sent};
+use super::fill;
+use super::loopback::{Deadline, Loopback, give, wait_for};
+use crate::plane::copy::{self, Received};
 use crate::plane::sockmap::ends::Ends;
 
 /// The time for all of it. A machine that boots is busy; what is late there is no fault.
@@ -114,18 +115,6 @@ fn naps_of(thread: Pid) -> Option<u64> {
     let field = |name| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
     field("State:")?.starts_with('S').then_some(())?;
     field("voluntary_ctxt_switches:")?.parse().ok()
-}
-
-/// Sends until there is no room left.
-fn fill(socket: &OwnedFd) -> anyhow::Result<()> {
-    let bytes = stream(0, BYTES);
-    loop {
-        match copy::send(socket, &bytes) {
-            Sent::Bytes(_) => {}
-            Sent::NoRoom => return Ok(()),
-            Sent::Reset => bail!("a connection over the loopback failed"),
-        }
-    }
 }
 
 /// Receives what is there.
