@@ -11,7 +11,9 @@
 //! would see every connection to the backend's port, of everybody, and after the fact; this sees exactly one, at a moment
 //! of our choice, and leaves all others as they are. A peer is taken only when it was accepted, is ESTABLISHED, has no upper
 //! layer protocol, and its place in the stream (`write_seq`) is where X has got to (`copied_seq`): a socket that happened to
-//! have these addresses would not have that.
+//! have these addresses would not have that. And it is no drowse's: of what its kernel redirects to such a socket
+//! (`skb_send_sock`) this program would be asked, too, and that drowse would wait in vain to see it in the socket's queue. Its
+//! sockets have [`DROWSE_UNSENT_MAX`] from the beginning.
 //!
 //! **Order.** A worker asks for a renewal when it has written to Y all that it read from X. `write_seq` of the peer and
 //! `copied_seq` of X count the same bytes. If they are equal, everything that the peer ever put on its connection is in Y's
@@ -53,8 +55,8 @@ use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_map_update_elem, bpf_sk_release, b
 use aya_ebpf::macros::{btf_map, classifier, sk_msg};
 use aya_ebpf::programs::{SkMsgContext, TcContext};
 use drowse_ebpf::{
-    CREDIT_MIN, Credit, ETHERNET_BYTES, MESSAGE_OVERHEAD, MESSAGE_SEGMENT_MAX, MESSAGES_AHEAD,
-    PROXIED_SOCKETS_MAX, PassingEvent, Renewal, renewed,
+    CREDIT_MIN, Credit, DROWSE_UNSENT_MAX, ETHERNET_BYTES, MESSAGE_OVERHEAD, MESSAGE_SEGMENT_MAX,
+    MESSAGES_AHEAD, PROXIED_SOCKETS_MAX, PassingEvent, Renewal, renewed,
 };
 
 use crate::redirect::{DIRECTIONS, PASSING, PROXIED, SOCKETS, WRITE_SEQ_OFFSET, look_up, send_queue, word};
@@ -69,10 +71,15 @@ pub static ENDS: SockHash<u64, PROXIED_SOCKETS_MAX> = SockHash::new();
 #[btf_map]
 pub static CREDITS: Storage<Credit, { BPF_F_NO_PREALLOC as usize }> = Storage::new();
 
-/// Where `copied_seq` lies in the kernel's `struct tcp_sock`; the loader sets it, and the next two.
+/// Where `copied_seq` lies in the kernel's `struct tcp_sock`; the loader sets it, and the next three.
 // SAFETY: nothing else defines a symbol of this name.
 #[unsafe(no_mangle)]
 static COPIED_SEQ_OFFSET: u32 = 0;
+
+/// Where `notsent_lowat` lies there.
+// SAFETY: as above.
+#[unsafe(no_mangle)]
+static NOTSENT_LOWAT_OFFSET: u32 = 0;
 
 /// Where `icsk_ulp_ops` lies in `struct inet_connection_sock`, which is the beginning of `struct tcp_sock`.
 // SAFETY: as above.
@@ -238,6 +245,9 @@ unsafe fn renew_at(peer: *mut bpf_sock, renewal: &Renewal) -> u32 {
         }
         if pointer(tcp, &raw const ULP_OPS_OFFSET) != 0 {
             return renewed::LAYERED;
+        }
+        if begins && word(tcp, &raw const NOTSENT_LOWAT_OFFSET) == DROWSE_UNSENT_MAX {
+            return renewed::DROWSE;
         }
         if pointer(tcp, &raw const SOCKET_OFFSET) == 0 {
             return renewed::NOT_YET;

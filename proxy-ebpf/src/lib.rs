@@ -91,6 +91,8 @@ pub mod global {
     pub const COPIED_SEQ_OFFSET: &str = "COPIED_SEQ_OFFSET";
     /// `u32`: where `mss_cache` lies in `struct tcp_sock`.
     pub const MSS_OFFSET: &str = "MSS_OFFSET";
+    /// `u32`: where `notsent_lowat` lies in `struct tcp_sock`.
+    pub const NOTSENT_LOWAT_OFFSET: &str = "NOTSENT_LOWAT_OFFSET";
     /// `u32`: where `icsk_ulp_ops` lies in `struct inet_connection_sock`.
     pub const ULP_OPS_OFFSET: &str = "ULP_OPS_OFFSET";
     /// `u32`: where `sk_socket` lies in `struct sock`.
@@ -397,6 +399,10 @@ pub struct Renewal {
     pub target: u64,
 }
 
+/// `TCP_NOTSENT_LOWAT` of drowse's own sockets in flows: no limit. It is what one drowse knows another one's sockets by, so
+/// they have it before they have a peer: what is accepted, from its listener.
+pub const DROWSE_UNSENT_MAX: u32 = u32::MAX;
+
 /// The answers of `renew`.
 pub mod renewed {
     /// Nobody in this network namespace has that address, or the kernel does not take it into a sockmap.
@@ -407,8 +413,10 @@ pub mod renewed {
     pub const NOT_YET: u32 = 2;
     /// Never: the peer has an upper layer protocol (kTLS), so what its owner sends is not what is to arrive.
     pub const LAYERED: u32 = 3;
+    /// Never: the peer is a drowse's own socket, to which the kernel may redirect already: [`crate::DROWSE_UNSENT_MAX`].
+    pub const DROWSE: u32 = 4;
     /// The question was not understood.
-    pub const BAD_RENEWAL: u32 = 4;
+    pub const BAD_RENEWAL: u32 = 5;
 }
 
 impl Renewal {

@@ -131,6 +131,7 @@ impl Object {
                 .override_global(abi::global::SNDBUF_OFFSET, &layout.sndbuf, true)
                 .override_global(abi::global::COPIED_SEQ_OFFSET, &layout.copied_seq, true)
                 .override_global(abi::global::MSS_OFFSET, &layout.mss, true)
+                .override_global(abi::global::NOTSENT_LOWAT_OFFSET, &layout.notsent_lowat, true)
                 .override_global(abi::global::ULP_OPS_OFFSET, &layout.ulp_ops, true)
                 .override_global(abi::global::SOCKET_OFFSET, &layout.socket, true);
         }

@@ -228,6 +228,8 @@ impl Listener {
 
     fn new(socket: Socket, name: String, passed: bool, made: Option<PathBuf>) -> anyhow::Result<Self> {
         socket.set_nonblocking(true).context("set a listener to non-blocking")?;
+        // Connections inherit it. Neither unix sockets nor MPTCP have it.
+        let _ = sys::limit_by_send_buffer_alone(socket.as_fd());
         Ok(Self {
             socket: sys::watch(socket, Interest::READABLE).context("watch a listener")?,
             name,

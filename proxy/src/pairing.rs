@@ -5,6 +5,7 @@
 
 use std::future::Future;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -171,6 +172,9 @@ pub async fn connect(backend: &Address) -> io::Result<Socket> {
 
 async fn connect_to(address: &SockAddr) -> io::Result<Socket> {
     let socket = Socket::new(address.domain(), Type::STREAM.nonblocking(), None)?;
+    if address.domain() != Domain::UNIX {
+        sys::limit_by_send_buffer_alone(socket.as_fd())?;
+    }
     match socket.connect(address) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) => {

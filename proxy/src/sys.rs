@@ -190,12 +190,14 @@ pub fn reset_when_orphaned(socket: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 /// How much may wait to be sent is limited by the send buffer alone, whatever `net.ipv4.tcp_notsent_lowat` says
-/// (`TCP_NOTSENT_LOWAT`, tcp(7), Linux 3.12).
+/// (`TCP_NOTSENT_LOWAT`, tcp(7), Linux 3.12). It is also what another drowse knows our sockets by: for
+/// that it must be set before they have a peer.
 ///
 /// # Errors
 /// As `setsockopt(2)`.
 pub fn limit_by_send_buffer_alone(socket: BorrowedFd<'_>) -> io::Result<()> {
-    set_number(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, -1)
+    let limit = drowse_ebpf::DROWSE_UNSENT_MAX.cast_signed();
+    set_number(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, limit)
 }
 
 fn set_number(socket: BorrowedFd<'_>, level: c_int, option: c_int, number: c_int) -> io::Result<()> {

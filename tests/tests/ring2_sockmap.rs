@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -748,6 +748,68 @@ fn all_hear_of_a_drowse_killed_under_load() -> Result<()> {
 #[test]
 fn all_peers_hear_of_a_drowse_killed_under_load() -> Result<()> {
     killed_under_load("sockmap-ends")
+}
+
+/// Every flow goes through two drowses, of which each has the other's socket for a peer.
+fn one_behind_the_other(before: &str, behind: &str) -> Result<()> {
+    const BETWEEN: &str = "127.0.0.1:8082";
+    const FLOWS: usize = 16;
+    const REQUESTS: usize = 500;
+    isolated(|| {
+        let (_backend, accepted) = connections_to_the_test()?;
+        let ends = ["--listen", BETWEEN, "--backend", BACKEND, "--name", "behind.service"];
+        let mut behind = Drowse::run(&[&ends[..], &["--plane", behind]].concat())?;
+        let ends = ["--listen", PUBLIC, "--backend", BETWEEN, "--name", NAME];
+        let mut before = Drowse::run(&[&ends[..], &["--plane", before]].concat())?;
+        for drowse in [&mut before, &mut behind] {
+            drowse.wait_for_line("the kernel moves the bytes")?;
+        }
+        let answered = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            let flows = (0..FLOWS).map(|_| {
+                let (client, backend) = both_ends(&accepted)?;
+                let answered = &answered;
+                let answering = scope.spawn(move || reply(&backend, answered));
+                Ok((scope.spawn(move || ask_for(&client, REQUESTS)), answering))
+            });
+            let flows = flows.collect::<Result<Vec<_>>>()?;
+            flows.into_iter().flat_map(|(asking, answering)| [asking, answering]).try_for_each(|thread| {
+                thread.join().map_err(|_| anyhow::anyhow!("a thread panicked")).flatten()
+            })
+        })?;
+        ensure!(answered.load(Relaxed) == (FLOWS * REQUESTS) as u64, "{answered:?} requests were answered");
+        for field in ["redirected_to_client", "redirected_to_backend"] {
+            let moved = number(&shown(&before)?, &format!("/counters/redirected/{field}"));
+            ensure!(moved > 0, "nothing is {field}");
+        }
+        Ok(())
+    })
+}
+
+/// Asks so often, gets an answer each time, and ends.
+fn ask_for(mut stream: &TcpStream, requests: usize) -> Result<()> {
+    for request in 0..requests {
+        stream.write_all(&[1; MESSAGE]).context("ask")?;
+        ensure!(receive_message(stream)?, "an end instead of answer {request}");
+    }
+    stream.shutdown(Shutdown::Write)?;
+    ensure!(!receive_message(stream)?, "an answer without a request");
+    Ok(())
+}
+
+#[test]
+fn peers_before_a_drowse_are_served() -> Result<()> {
+    one_behind_the_other("sockmap-ends", "sockmap")
+}
+
+#[test]
+fn peers_behind_a_drowse_are_served() -> Result<()> {
+    one_behind_the_other("sockmap", "sockmap-ends")
+}
+
+#[test]
+fn peers_before_and_behind_a_drowse_are_served() -> Result<()> {
+    one_behind_the_other("sockmap-ends", "sockmap-ends")
 }
 
 /// Both ends of a flow that `plane` has: the client's and the backend's.

@@ -24,6 +24,8 @@ pub struct Layout {
     pub copied_seq: u32,
     /// `mss_cache` in `struct tcp_sock`.
     pub mss: u32,
+    /// `notsent_lowat` in `struct tcp_sock`.
+    pub notsent_lowat: u32,
     /// `icsk_ulp_ops` in `struct inet_connection_sock`, with which `struct tcp_sock` begins.
     pub ulp_ops: u32,
     /// `sk_socket` in `struct sock`.
@@ -44,6 +46,7 @@ pub fn layout() -> anyhow::Result<Layout> {
         sndbuf: btf.offset("sock", "sk_sndbuf")?,
         copied_seq: btf.offset("tcp_sock", "copied_seq")?,
         mss: btf.offset("tcp_sock", "mss_cache")?,
+        notsent_lowat: btf.offset("tcp_sock", "notsent_lowat")?,
         ulp_ops: btf.offset("inet_connection_sock", "icsk_ulp_ops")?,
         socket: btf.offset("sock", "sk_socket")?,
     })
