@@ -73,10 +73,10 @@ impl Redirection {
 
 /// What `--plane auto` and `--plane handoff` take for the flows that the proxy has accepted; `None` is splice.
 ///
-/// 64 B requests on two processors, client and backend among them, five runs of 3 rounds, against splice: at a fixed rate of
-/// 20,000 a second sockmap answers 19 to 35 % sooner in the median; the 99th percentile goes either way; the whole machine takes
-/// as much processor time within 8 %, nearly none of it in the proxy, which wakes up for a flow no more. At saturation splice
-/// has up to 20 % more requests. A machine is rarely saturated by requests: the first counts.
+/// 64 B requests on two processors, client and backend among them, seven runs of 3 to 6 rounds, against splice: at a fixed rate
+/// of 20,000 a second sockmap answers 6 to 35 % sooner in the median; the 99th percentile is below it in some runs and above it in
+/// others; the whole machine takes as much processor time within 8 %, nearly none of it in the proxy, which wakes up for a flow no
+/// more. At saturation splice has up to 24 % more requests. A machine is rarely saturated by requests: the first counts.
 const BEST: Option<Redirection> = Some(Redirection::Best);
 
 /// The way that is wanted, as far as the options tell; `None`: the proxy moves the bytes itself.
