@@ -2,8 +2,8 @@
 //! [`isolation`] -> [`cpus`] -> [`peers`] -> [`cases`] -> [`report`] -> [`plot`] -> [`bars`].
 //!
 //! [`client`] and [`backend`] are the two ends of every measurement and speak [`wire`]; [`process`] owns all children,
-//! [`costs`] what they take of the machine, [`owners`] who holds a connection, [`patient`] a blocking read, [`carriers`] which plane moves its bytes,
-//! and [`stats`] the rules by which rounds become figures.
+//! [`costs`] what they take of the machine, [`owners`] who holds a connection, [`patient`] a blocking read,
+//! [`carriers`] which plane moves its bytes, and [`stats`] the rules by which rounds become figures.
 
 pub mod backend;
 pub mod bars;

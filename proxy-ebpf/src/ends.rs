@@ -35,9 +35,9 @@
 //! before the queue, so that a message counts in one of the two at least; twice the largest is taken off for what was charged
 //! and is not there yet: the last one, and one of a second thread. A renewal is asked for before the credit ends, through the
 //! same ring buffer as [`crate::redirect`]'s. The new limit is there before the new `expected`. So a redirect finds room, and a
-//! peer hears from its own socket alone when to wait and when to go on. (When the kernel runs short of memory for TCP, a redirect may still find
-//! none, and a peer that does not block is told to wait; it is told to go on when its own socket says so, or never.) Memory is
-//! all that counts: `TCP_NOTSENT_LOWAT` of Y is off.
+//! peer hears from its own socket alone when to wait and when to go on. (When the kernel runs short of memory for TCP, a
+//! redirect may still find none, and a peer that does not block is told to wait; it is told to go on when its own socket says
+//! so, or never.) Memory is all that counts: `TCP_NOTSENT_LOWAT` of Y is off.
 //!
 //! **The end.** A peer stays in the map until it closes, or drowse ends; the short cut is closed by taking its credit. To take
 //! it out while its owner closes it is a race inside the kernel (a warning in `sock_map_destroy`, seen on 6.18).

@@ -190,8 +190,8 @@ pub fn reset_when_orphaned(socket: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 /// How much may wait to be sent is limited by the send buffer alone, whatever `net.ipv4.tcp_notsent_lowat` says
-/// (`TCP_NOTSENT_LOWAT`, tcp(7), Linux 3.12). It is also what another drowse knows our sockets by: for
-/// that it must be set before they have a peer.
+/// (`TCP_NOTSENT_LOWAT`, tcp(7), Linux 3.12). It is also what another drowse knows our sockets by, so
+/// they need it before they have a peer.
 ///
 /// # Errors
 /// As `setsockopt(2)`.
