@@ -4,6 +4,7 @@
 //! Must never: decide by itself, or leave half a set-up behind.
 
 use std::io::{self, Write};
+use std::iter;
 
 use crate::activation::Failure;
 use crate::activation::systemd::manager::{Job, Manager};
@@ -299,11 +300,13 @@ impl Doing<'_> {
             Step::Restore(links) => self.changed.restore(links)?,
             Step::Reload => self.manager.reload().await?,
             Step::Do(job, unit) => {
-                if let Err(failure) = self.manager.job(*job, unit).await {
-                    anyhow::bail!(
-                        "{}",
-                        why(self.manager, self.facts.names.user_flag(), unit, &failure).await
-                    );
+                for (job, unit) in awaited(*job, unit, self.facts) {
+                    if let Err(failure) = self.manager.job(job, unit).await {
+                        anyhow::bail!(
+                            "{}",
+                            why(self.manager, self.facts.names.user_flag(), unit, &failure).await
+                        );
+                    }
                 }
             }
         }
@@ -341,12 +344,21 @@ impl Doing<'_> {
                 Job::Stop => Job::Start,
                 Job::Restart => Job::Restart,
             };
-            let undone = self.manager.job(back, unit).await;
-            failed.extend(undone.err().map(|failure| failure.message));
-            failed.extend(self.manager.reset_failed(unit).await.err().map(|failure| failure.message));
+            for (job, unit) in awaited(back, unit, self.facts) {
+                let undone = self.manager.job(job, unit).await;
+                failed.extend(undone.err().map(|failure| failure.message));
+                failed.extend(self.manager.reset_failed(unit).await.err().map(|failure| failure.message));
+            }
         }
         failed
     }
+}
+
+/// A job, and the one to wait for besides: systemd restarts a running drowse with its socket, by a job of its own. A start
+/// joins that job, or finds it done.
+fn awaited<'a>(job: Job, unit: &'a str, facts: &'a Facts) -> impl Iterator<Item = (Job, &'a str)> {
+    let restarts_drowse = job == Job::Restart && unit == facts.names.socket && facts.service.is_up;
+    iter::once((job, unit)).chain(restarts_drowse.then_some((Job::Start, facts.names.service.as_str())))
 }
 
 /// Why a unit could not be started, with what it said last.

@@ -276,6 +276,10 @@ fn another_option_restarts_what_needs_it() -> Result<()> {
         let moved = ["--listen", "127.0.0.1:8090", "--backend", "127.0.0.1:8081", "--idle-time", "1h"];
         let said = well(installation, "enable", &moved)?;
         ensure!(said.contains("restart drowse@web.socket"), "{said}");
+        ensure!(
+            state(installation, "drowse@web.service")? == "active",
+            "it is done before drowse is up again"
+        );
         ensure!(pid(installation)? != second);
         ensure!(property(installation, "drowse@web.socket", "Listen")?.starts_with("127.0.0.1:8090"));
         ensure!(
@@ -317,6 +321,28 @@ fn a_failure_leaves_everything_as_it_was() -> Result<()> {
         )?;
         ensure!(property(installation, "web.service", "UnitFileState")? == "enabled");
         ensure!(state(installation, "web.service")? == "active");
+        Ok(())
+    })
+}
+
+/// drowse, which is restarted with its socket, does not come up again with another address.
+#[test]
+fn a_failure_of_what_is_restarted_leaves_everything_as_it_was() -> Result<()> {
+    with_drowse(ECHO, |installation| {
+        let systemd = &installation.systemd;
+        web(installation, "")?;
+        systemd.systemctl(["start", "web.service"])?;
+        well(installation, "enable", &ADDRESSES)?;
+        let place = "/etc/systemd/system/drowse@web.socket.d/drowse.conf";
+        let picky = format!("[Service]\nExecStartPre=/bin/sh -c '! grep -q :8090 {place}'\n");
+        systemd.write("/etc/systemd/system/drowse@web.service.d/picky.conf", &picky)?;
+        systemd.systemctl(["daemon-reload"])?;
+
+        let moved = ["--listen", "127.0.0.1:8090", "--backend", "127.0.0.1:8081"];
+        let parts = ["start drowse@web.service", "everything is as it was before", "journalctl"];
+        refused(installation, "enable", &moved, &parts)?;
+        ensure!(property(installation, "drowse@web.socket", "Listen")?.starts_with("127.0.0.1:8080"));
+        ensure!(state(installation, "drowse@web.service")? == "active", "drowse does not run again");
         Ok(())
     })
 }
