@@ -29,8 +29,8 @@ use crate::plane::copy::{self, Received, Sent};
 use crate::sys;
 use loopback::{Deadline, Loopback, give, stream};
 
-/// The time for all probes, which take some twenty milliseconds. A machine that boots is busy, and one that is virtual may
-/// stand still for two seconds; what is late there is no failure.
+/// The time for all probes, which take some twenty milliseconds, and as much again for those of [`peers`]. A machine that
+/// boots is busy, and one that is virtual may stand still for two seconds; what is late there is no failure.
 const WITHIN: Duration = Duration::from_secs(5);
 
 /// A message: fits into all buffers.

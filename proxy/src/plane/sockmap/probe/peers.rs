@@ -14,13 +14,10 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv, sockopt};
 use rustix::thread::{Pid, gettid};
 
-use super::fill;
 use super::loopback::{Deadline, Loopback, give, wait_for};
+use super::{WITHIN, fill};
 use crate::plane::copy::{self, Received};
 use crate::plane::sockmap::ends::Ends;
-
-/// The time for all of it. A machine that boots is busy; what is late there is no fault.
-const WITHIN: Duration = Duration::from_secs(1);
 
 /// What is sent at once.
 const BYTES: usize = 1000;
