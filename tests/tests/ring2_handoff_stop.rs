@@ -1,6 +1,7 @@
 //! Ring 2: clients that come at any instant of a stop, while connections are handed off. Needs root and the eBPF object.
 //!
-//! The offsets are random and repeatable. `DROWSE_TEST_ROUNDS` sets the number of rounds of each test, for longer runs.
+//! The offsets are random: a repeatable sequence, shifted by how late this machine is. `DROWSE_TEST_ROUNDS` sets the number of
+//! rounds of each test, for longer runs.
 
 use std::thread::{self, ScopedJoinHandle};
 use std::time::Duration;
@@ -38,26 +39,53 @@ fn stops(drowse: &mut Drowse) -> usize {
     drowse.all_output().iter().filter(|line| line.contains("is asleep")).count()
 }
 
-/// A repeatable sequence (xorshift).
-struct Random(u64);
+/// The most by which [`Instants`] are later than on an idle machine.
+const LATE_MAX: Duration = Duration::from_millis(500);
 
-impl Random {
+/// Instants around the stop: a repeatable sequence (xorshift) that follows the machine. On a busy one the stop comes later.
+struct Instants {
+    state: u64,
+    late: Duration,
+    stops: usize,
+}
+
+impl Instants {
+    fn new(seed: u64) -> Self {
+        Self { state: seed, late: Duration::ZERO, stops: 0 }
+    }
+
     fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        self.state % limit
+    }
+
+    /// So long after the last client, and up to `width` more.
+    fn after(&mut self, micros: u64, width: u64) -> Duration {
+        Duration::from_micros(micros + self.below(width)) + self.late
     }
 
     /// The decision comes after 50 ms and ends steering, the last look takes up to 25 ms, the stop a few more: mostly in
     /// these, else anything from well before to well after them.
     fn around_the_stop(&mut self) -> Duration {
-        let micros = match self.below(6) {
-            0 => 49_500 + self.below(2_000),
-            1..5 => 50_000 + self.below(40_000),
-            _ => 30_000 + self.below(100_000),
+        match self.below(6) {
+            0 => self.after(49_500, 2_000),
+            1..5 => self.after(50_000, 40_000),
+            _ => self.after(30_000, 100_000),
+        }
+    }
+
+    /// After a round: later if it had no stop, else earlier by twice as much, so that about every third one has a stop.
+    fn follow(&mut self, drowse: &mut Drowse) {
+        const STEP: Duration = Duration::from_millis(2);
+        let stops = stops(drowse);
+        self.late = if stops > self.stops {
+            self.late.saturating_sub(STEP * 2)
+        } else {
+            (self.late + STEP).min(LATE_MAX)
         };
-        Duration::from_micros(micros)
+        self.stops = stops;
     }
 }
 
@@ -85,14 +113,15 @@ fn five_hundred_clients_at_any_instant_of_the_stop_are_served() -> Result<()> {
     isolated(|| {
         let rounds = rounds(500)?;
         let mut drowse = sleepy()?;
-        let (mut random, mut handed_off) = (Random(0x9e37_79b9_7f4a_7c15), 0);
+        let (mut instants, mut handed_off) = (Instants::new(0x9e37_79b9_7f4a_7c15), 0);
         for round in 0..rounds {
             // The first wakes it, perhaps; the last of the others is handed off, so that the stop has to find that out.
             for client in 0..5 {
                 let taken = ask_in_time().with_context(|| format!("round {round}, client {client}"))?;
                 handed_off += usize::from(taken && client == 4);
             }
-            pause(random.around_the_stop());
+            pause(instants.around_the_stop());
+            instants.follow(&mut drowse);
         }
         ensure_it_was_a_race(rounds, handed_off, stops(&mut drowse))
     })
@@ -105,13 +134,13 @@ fn crowds_at_any_instant_of_the_stop_are_served() -> Result<()> {
     isolated(|| {
         let rounds = rounds(150)?;
         let mut drowse = sleepy()?;
-        let (mut random, mut handed_off) = (Random(0x0123_4567_89ab_cdef), 0);
+        let (mut instants, mut handed_off) = (Instants::new(0x0123_4567_89ab_cdef), 0);
         for round in 0..rounds {
             for _ in 0..4 {
                 ask_in_time().with_context(|| format!("round {round}, before the crowd"))?;
             }
             handed_off += usize::from(ask_in_time()?);
-            let offsets: Vec<Duration> = (0..CROWD).map(|_| random.around_the_stop()).collect();
+            let offsets: Vec<Duration> = (0..CROWD).map(|_| instants.around_the_stop()).collect();
             thread::scope(|scope| {
                 let client = |offset: Duration| {
                     pause(offset);
@@ -126,7 +155,8 @@ fn crowds_at_any_instant_of_the_stop_are_served() -> Result<()> {
                         .with_context(|| format!("round {round}"))
                 })
             })?;
-            pause(random.around_the_stop());
+            pause(instants.around_the_stop());
+            instants.follow(&mut drowse);
         }
         ensure_it_was_a_race(rounds, handed_off, stops(&mut drowse))
     })
@@ -134,12 +164,17 @@ fn crowds_at_any_instant_of_the_stop_are_served() -> Result<()> {
 
 /// Runs rounds until the backend has been stopped so many times. Each tells how many clients were handed off in it.
 #[expect(clippy::print_stdout, reason = "the figures of a run")]
-fn until_stopped(wanted: usize, mut round: impl FnMut() -> Result<usize>) -> Result<()> {
+fn until_stopped(
+    wanted: usize,
+    mut instants: Instants,
+    mut round: impl FnMut(&mut Instants) -> Result<usize>,
+) -> Result<()> {
     let mut drowse = sleepy()?;
     let (mut done, mut handed_off) = (0, 0);
-    while stops(&mut drowse) < wanted {
-        ensure!(done < wanted * 50, "only {} stops in {done} rounds", stops(&mut drowse));
-        handed_off += round().with_context(|| format!("round {done}"))?;
+    while instants.stops < wanted {
+        ensure!(done < wanted * 50, "only {} stops in {done} rounds", instants.stops);
+        handed_off += round(&mut instants).with_context(|| format!("round {done}"))?;
+        instants.follow(&mut drowse);
         done += 1;
     }
     println!("{wanted} stops in {done} rounds, {handed_off} clients handed off");
@@ -150,13 +185,12 @@ fn until_stopped(wanted: usize, mut round: impl FnMut() -> Result<usize>) -> Res
 #[test]
 fn cycles_of_sleep_and_wake_serve_every_client() -> Result<()> {
     isolated(|| {
-        let mut random = Random(0xfeed_beef_dead_cafe);
-        until_stopped(rounds(50)?, || {
+        until_stopped(rounds(50)?, Instants::new(0xfeed_beef_dead_cafe), |instants| {
             let mut handed_off = 0;
             for _ in 0..3 {
                 handed_off += usize::from(ask_in_time()?);
             }
-            pause(random.around_the_stop());
+            pause(instants.around_the_stop());
             Ok(handed_off)
         })
     })
@@ -169,8 +203,7 @@ fn cycles_under_bursts_of_load_serve_every_client() -> Result<()> {
     const BURST: u32 = 30;
     const GAP: Duration = Duration::from_millis(2);
     isolated(|| {
-        let mut random = Random(0x5eed_5eed_5eed_5eed);
-        until_stopped(rounds(25)?, || {
+        until_stopped(rounds(25)?, Instants::new(0x5eed_5eed_5eed_5eed), |instants| {
             let began = clock::now();
             let mut handed_off = thread::scope(|scope| {
                 let client = |number: u32| {
@@ -182,11 +215,11 @@ fn cycles_under_bursts_of_load_serve_every_client() -> Result<()> {
                     |one: ScopedJoinHandle<Result<bool>>| one.join().unwrap_or_else(|_| bail!("panicked"));
                 burst.into_iter().map(|one| Ok(usize::from(join(one)?))).sum::<Result<usize>>()
             })?;
-            if random.below(2) == 0 {
-                pause(random.around_the_stop());
+            if instants.below(2) == 0 {
+                pause(instants.around_the_stop());
                 handed_off += usize::from(ask_in_time().context("the one in the pause")?);
             }
-            pause(Duration::from_micros(55_000 + random.below(40_000)));
+            pause(instants.after(55_000, 40_000));
             Ok(handed_off)
         })
     })
