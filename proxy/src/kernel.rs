@@ -31,7 +31,7 @@ use crate::privileges::Loader;
 use crate::readiness::listen_hook::{self, ListenHook};
 use crate::report::counters::KernelCounters;
 use crate::report::snapshot::{HandoffState, HandoffView, ListenerView};
-use crate::sockets;
+use crate::{sockets, sys};
 
 /// How long the lookup of the backend's name may hold up the loading. Later its address is learnt from a connection.
 const LOOKUP_TIME: Duration = Duration::from_millis(100);
@@ -205,7 +205,10 @@ impl Kernel {
                     || Ok(Wanted { public, backend, listeners: sockets.map_err(|error| error.to_string())? }),
                     Err,
                 );
-                Loaded::new(&pin_dir, &name, port, wanted, keep, redirects)
+                let result = Loaded::new(&pin_dir, &name, port, wanted, keep, redirects);
+                // To load takes 9 MB for a moment, most of it for the kernel's own types.
+                sys::return_free_memory();
+                result
             };
             loader.run(load).await?
         });

@@ -32,6 +32,16 @@ pub fn adopt_descriptor(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Gives the memory that nobody uses any more back to the system (`malloc_trim(3)`, of all threads since glibc 2.8). Of
+/// itself glibc gives back only what is at the end of a heap. With another C library nothing is done.
+pub fn return_free_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes the allocator's own locks, and memory in use stays where it is.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Makes a listener drop every SYN before the TCP state machine sees it (classic BPF, `SO_ATTACH_FILTER`), or undoes
 /// it. Handshakes that are under way complete, and whoever sends a SYN retries, as after any lost packet.
 ///
