@@ -12,6 +12,7 @@ pub mod package;
 pub mod pinned;
 pub mod planes;
 pub mod process;
+pub mod random;
 pub mod scrape;
 pub mod service;
 pub mod systemd;

@@ -11,6 +11,7 @@ use drowse::clock;
 use drowse_tests::deadline::pause;
 use drowse_tests::isolated::isolated;
 use drowse_tests::process::Drowse;
+use drowse_tests::random;
 use drowse_tests::whoami::ask;
 
 const ECHO: &str = env!("CARGO_BIN_EXE_echo-backend");
@@ -42,7 +43,7 @@ fn stops(drowse: &mut Drowse) -> usize {
 /// The most by which [`Instants`] are later than on an idle machine.
 const LATE_MAX: Duration = Duration::from_millis(500);
 
-/// Instants around the stop: a repeatable sequence (xorshift) that follows the machine. On a busy one the stop comes later.
+/// Instants around the stop: a repeatable sequence that follows the machine. On a busy one the stop comes later.
 struct Instants {
     state: u64,
     late: Duration,
@@ -55,10 +56,7 @@ impl Instants {
     }
 
     fn below(&mut self, limit: u64) -> u64 {
-        self.state ^= self.state << 13;
-        self.state ^= self.state >> 7;
-        self.state ^= self.state << 17;
-        self.state % limit
+        random::next(&mut self.state) % limit
     }
 
     /// So long after the last client, and up to `width` more.

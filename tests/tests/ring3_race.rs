@@ -8,17 +8,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use drowse::clock;
 use drowse_tests::deadline::pause;
+use drowse_tests::random;
 use drowse_tests::service::{PUBLIC_PORT, ask, with_deadline, with_drowse};
 
 const ECHO: &str = env!("CARGO_BIN_EXE_echo-backend");
-
-/// The next number of a repeatable sequence (xorshift).
-fn next(seed: &mut u64) -> u64 {
-    *seed ^= *seed << 13;
-    *seed ^= *seed >> 7;
-    *seed ^= *seed << 17;
-    *seed
-}
 
 /// The stop begins 50 ms after the last flow and takes some 20 ms: the next client comes at a random time from well
 /// before to well after it.
@@ -32,7 +25,7 @@ fn two_hundred_clients_at_any_instant_of_the_stop_are_served() -> Result<()> {
             installation.ask().with_context(|| format!("round {round}"))?;
             let waited = clock::now().saturating_sub(began);
             ensure!(waited < Duration::from_secs(5), "round {round} waited for {waited:?}");
-            pause(Duration::from_micros(30_000 + next(&mut seed) % 150_000));
+            pause(Duration::from_micros(30_000 + random::next(&mut seed) % 150_000));
         }
         let journal = installation.systemd.journal("echo.service")?;
         let stops = journal.lines().filter(|line| line.starts_with("Stopped echo.service")).count();

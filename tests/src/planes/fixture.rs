@@ -16,6 +16,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{MakePlane, WORKERS};
+use crate::random;
 
 /// How long anything may take that is expected to happen.
 pub const PATIENCE: Duration = Duration::from_mins(1);
@@ -27,10 +28,7 @@ pub struct Pattern(pub u64);
 
 impl Pattern {
     pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
+        random::next(&mut self.0)
     }
 
     pub fn below(&mut self, limit: usize) -> usize {
